@@ -1,0 +1,121 @@
+# Everything here is made from this file: `make help` lists the targets.
+#
+# Without PYTHON, a virtual environment .venv is made from requirements.lock. With it, say `make PYTHON=python test`
+# inside an active conda environment, that interpreter is used as it is.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+BASE_PYTHON ?= python3.11
+ifdef PYTHON
+ENV := active-env
+else
+PYTHON := .venv/bin/python
+ENV := .venv/.stamp
+endif
+
+# What each notebook is, and the modules it uses: a change to a figure does not retrain a model.
+NOTEBOOKS := 01_data 02_training 03_main_results
+ABOUT.01_data         := builds FGVEdit-Scenes and looks at it
+ABOUT.02_training     := trains the scope classifier and the editors that learn
+ABOUT.03_main_results := runs every editor on the test records and makes the paper's main tables
+
+DATA     := $(wildcard mscke/config.py mscke/benchmark/*.py)
+TRAINING := $(DATA) $(wildcard mscke/models/*.py mscke/classifier.py mscke/memory.py mscke/router.py) \
+            $(wildcard mscke/editors/*.py mscke/assets/*.safetensors mscke/assets/*/*.safetensors)
+RESULTS  := $(TRAINING) $(wildcard mscke/evaluation/*.py mscke/report/*.py)
+
+STAMPS    := outputs/mini/.stamps
+PAPERMILL := $(PYTHON) -m papermill -k python3 --cwd notebooks --no-progress-bar --execution-timeout 3600
+NBVAL     := $(PYTHON) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 3600 \
+             --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+
+# Committed outputs hold no progress bars, and the mini track downloads nothing.
+reproduce smoke test: export TQDM_DISABLE := 1
+reproduce smoke test: export HF_HUB_OFFLINE := 1
+reproduce smoke test: export HF_HUB_DISABLE_PROGRESS_BARS := 1
+# The kernel "python3" is this environment's, even where the user has another of that name.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.PHONY: help env active-env reproduce test smoke $(NOTEBOOKS:%=smoke-%) pretrain lab lock lint clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
+	  | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+env: $(ENV) ## make or refresh .venv from requirements.lock (with PYTHON=python: the active environment as it is)
+
+.venv/.stamp: requirements.lock pyproject.toml
+	@echo "== .venv: installing requirements.lock"
+	test -x .venv/bin/pip || $(BASE_PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -r requirements.lock
+	.venv/bin/python -m pip install --no-deps --no-build-isolation -e .
+	touch $@
+
+active-env:
+	@$(PYTHON) -P -c 'import importlib.util as u, sys; sys.exit(u.find_spec("mscke") is None)' \
+	  || $(PYTHON) -m pip install --no-deps -e .
+
+reproduce: $(NOTEBOOKS:%=$(STAMPS)/%) ## run the notebooks on the mini track, keep their outputs, compare with the paper
+	@echo "== the paper's numbers, the committed and the regenerated ones"
+	MSCKE_TRACK=mini $(PYTHON) -m mscke.report.verify
+	@echo "== nbval: the notebooks' checked outputs"
+	MSCKE_TRACK=mini $(NBVAL)
+
+# One stamp a notebook: an interrupted `make reproduce` goes on where it was.
+$(STAMPS)/01_data: $(DATA)
+$(STAMPS)/02_training: $(STAMPS)/01_data $(TRAINING)
+$(STAMPS)/03_main_results: $(STAMPS)/02_training $(RESULTS)
+
+# The executed notebook, cleaned, replaces its source, which is then newer than the stamp was: hence the last line.
+$(NOTEBOOKS:%=$(STAMPS)/%): $(STAMPS)/%: notebooks/%.ipynb | $(ENV)
+	@echo "== $*: $(ABOUT.$*)"
+	@mkdir -p $(@D) outputs/notebooks
+	MSCKE_TRACK=mini $(PAPERMILL) $< outputs/notebooks/$*.ipynb
+	$(PYTHON) -m mscke.report.clean outputs/notebooks/$*.ipynb outputs/notebooks/$*.clean.ipynb
+	mv outputs/notebooks/$*.clean.ipynb $<
+	touch $@
+
+test: $(ENV) ## run the tests, then the notebooks under nbval on a few dozen records
+	$(PYTHON) -m pytest tests
+	@echo "== nbval: $(NOTEBOOKS) on the smoke track"
+	MSCKE_TRACK=smoke $(NBVAL)
+
+smoke: $(NOTEBOOKS:%=smoke-%) ## run the notebooks on a few dozen records into outputs/smoke/notebooks
+
+smoke-02_training: smoke-01_data
+smoke-03_main_results: smoke-02_training
+$(NOTEBOOKS:%=smoke-%): smoke-%: notebooks/%.ipynb | $(ENV)
+	@echo "== $* (smoke): $(ABOUT.$*)"
+	@mkdir -p outputs/smoke/notebooks
+	MSCKE_TRACK=smoke $(PAPERMILL) $< outputs/smoke/notebooks/$*.tmp.ipynb
+	mv outputs/smoke/notebooks/$*.tmp.ipynb outputs/smoke/notebooks/$*.ipynb
+
+pretrain: $(ENV) ## pretrain the mini models again and write their weights to mscke/assets
+	$(PYTHON) -m mscke.models.pretrain
+
+lab: $(ENV) ## open the notebooks in JupyterLab
+	$(PYTHON) -m jupyter lab notebooks
+
+# Every release of the environment, as the ranges of pyproject.toml resolve in it. PyTorch's CUDA libraries
+# are installed on Linux only.
+lock: $(ENV) ## write requirements.lock from the environment, after installing what pyproject.toml asks for
+	$(PYTHON) -m pip install --no-build-isolation -e '.[dev]'
+	{ sed '/^[^#]/,$$d' requirements.lock; \
+	  $(PYTHON) -m pip list --format=freeze --exclude-editable --exclude pip --exclude mscke \
+	    | sed -E 's/^((nvidia|cuda|triton)[^ ]*)$$/\1 ; platform_system == "Linux"/'; \
+	} > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+	if [ -e .venv/.stamp ]; then touch .venv/.stamp; fi
+
+lint: $(ENV) ## check style and formatting with ruff
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+clean: ## remove outputs/ and caches, never .venv or a committed file
+	rm -rf outputs build mscke.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -path ./.git -prune \
+	  -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf
