@@ -1,0 +1,263 @@
+"""One FGVEdit record: an edit and the five queries that test it; loading and checking the JSON.
+
+The authors' FGVEdit and our FGVEdit-Scenes share one schema (ours adds ``meta``), so
+:func:`load_records` reads both::
+
+    records = load_records("test_data.json", image_root="coco").records
+    records[0].queries["in_scope"], records[0].answers["in_scope"]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import reprlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+
+from PIL import Image, ImageOps
+
+FIELDS = ("src", "alt", "rephrase", "image", "fg_gen_q", "fg_gen_a", "fg_loc_q", "fg_loc_a", "loc", "loc_ans")
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 50_000_000  # read from the header, before anything is decoded
+SHOWN = 5  # bad records that one error message spells out
+
+
+class RecordError(ValueError):
+    """A benchmark file cannot be used; the message names the record, the field and the fix."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question about an image (absolute path), or text alone (``image=None``)."""
+
+    question: str
+    image: str | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """(i_e, t_e, y_e): the image (absolute path), the edit prompt and the target answer."""
+
+    image: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """An edit with what tests it. ``id`` is the record's place in its file, counted from 0."""
+
+    id: int
+    edit: Edit
+    rephrase: Query
+    in_scope: Query
+    in_scope_answer: str
+    out_of_scope: Query
+    out_of_scope_answer: str
+    locality: Query
+    locality_answer: str
+    meta: dict = field(default_factory=dict, hash=False)
+
+    @property
+    def queries(self) -> dict[str, Query]:
+        """The five queries, by what each of them tests."""
+        return {
+            "reliability": Query(self.edit.prompt, self.edit.image),
+            "generality": self.rephrase,
+            "in_scope": self.in_scope,
+            "out_of_scope": self.out_of_scope,
+            "locality": self.locality,
+        }
+
+    @property
+    def answers(self) -> dict[str, str]:
+        """What an ideal edited model answers to each of :attr:`queries`."""
+        return {
+            "reliability": self.edit.answer,
+            "generality": self.edit.answer,
+            "in_scope": self.in_scope_answer,
+            "out_of_scope": self.out_of_scope_answer,
+            "locality": self.locality_answer,
+        }
+
+
+@dataclass(frozen=True)
+class LoadedRecords:
+    """The usable records in file order; ``skipped`` counts those of the file with an empty ``alt``."""
+
+    records: list[EditRecord]
+    skipped: int
+
+
+def load_records(
+    path: str | Path, image_root: str | Path, limit: int | None = None, check_images: bool = True
+) -> LoadedRecords:
+    """Read an FGVEdit JSON file, checking all of it before anything is returned.
+
+    ``image`` fields are relative to ``image_root`` and may not leave it. ``limit`` keeps the first
+    so many usable records; the fields of every record are checked all the same, but only images of
+    records that are kept are opened (each once), and none with ``check_images=False``.
+
+    Raises :class:`RecordError` for whatever is wrong inside the file or with an image, and
+    :class:`OSError` when the file itself cannot be opened.
+    """
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit is {limit}; give 0 or more, or None for every record")
+    rows, root = _read_rows(path), os.path.realpath(image_root)
+    if check_images and not os.path.isdir(root):
+        raise RecordError(f"image root {root} is not a folder; give the one that image paths start from")
+
+    records, skipped, complaints = [], 0, {}
+    for number, row in enumerate(rows):
+        alt = row.get("alt") if isinstance(row, dict) else None
+        if isinstance(alt, str) and not alt.strip():
+            skipped += 1
+            continue
+        try:
+            records.append(_record(number, row, root))
+        except RecordError as complaint:
+            complaints[number] = complaint
+    records = records[:limit]
+    if check_images:
+        bad = {}
+        for image in {record.edit.image for record in records}:
+            try:
+                _check_image(image)
+            except RecordError as complaint:
+                bad[image] = complaint
+        complaints |= {r.id: f'field "image": {bad[r.edit.image]}' for r in records if r.edit.image in bad}
+
+    if complaints:
+        lines = [f"  record {number}, {complaints[number]}" for number in sorted(complaints)]
+        more = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        head = f"{path}: {len(lines)} of {len(rows)} records cannot be used (counted from 0):"
+        raise RecordError("\n".join([head, *lines[:SHOWN], *more]))
+    return LoadedRecords(records, skipped)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The image upright (EXIF orientation applied), in RGB.
+
+    Raises :class:`OSError` when it cannot be read, :class:`PIL.Image.DecompressionBombError` above
+    ``MAX_PIXELS``.
+    """
+    with _open_header(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def split_validation(
+    records: Sequence[EditRecord], fraction: float = 0.1, seed: int = 0
+) -> tuple[list[EditRecord], list[EditRecord]]:
+    """(train, validation), each in the order given; records that share an image stay together.
+
+    Images drawn at random go to validation until it holds ``fraction`` of the records; each side
+    keeps at least one. The draw depends on the set of images and ``seed``, not on the order of the
+    records. Raises :class:`ValueError` when there is no such split.
+    """
+    sizes = Counter(record.edit.image for record in records)
+    if not 0 < fraction < 1 or len(sizes) < 2:
+        raise ValueError(f"no split of {len(sizes)} image(s) at {fraction}; give 2 or more, 0 < fraction < 1")
+    rng, held, count = random.Random(seed), set(), 0
+    # random() is the one draw that Python promises to keep the same across versions
+    for image in sorted(sorted(sizes), key=lambda _: rng.random())[:-1]:
+        if held and count + sizes[image] / 2 > fraction * len(records):
+            break
+        held.add(image)
+        count += sizes[image]
+    train = [record for record in records if record.edit.image not in held]
+    return train, [record for record in records if record.edit.image in held]
+
+
+def _read_rows(path: str | Path) -> list:
+    with open(path, "rb") as file:
+        raw = file.read()
+    try:
+        text = raw.decode("utf-8-sig")
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        body, near = text.strip(), max(0, text.count('"src"', 0, error.pos) - 1)
+        cut = body[:1] in ("", "[") and body[-1:] != "]"
+        fix = "the file is cut short: fetch or generate it again" if cut else "mend it there"
+        where = f"line {error.lineno}, column {error.colno}, about record {near}"
+        raise RecordError(f"{path} is not JSON: {error.msg} at {where}; {fix}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, endless nesting
+        raise RecordError(f"{path} is not JSON: {error}; fetch or generate it again") from None
+    if not isinstance(rows, list):
+        raise RecordError(f"{path}: top level is {reprlib.repr(rows)}; make it a list of records")
+    return rows
+
+
+def _record(number: int, row: object, root: str) -> EditRecord:
+    """One object of the JSON, checked but for its image file; :class:`RecordError` names field and fix."""
+    if not isinstance(row, dict):
+        raise RecordError(
+            f"all fields: found {reprlib.repr(row)}; make it an object with {', '.join(FIELDS)}"
+        )
+    if missing := [f'"{name}"' for name in FIELDS if name not in row]:
+        raise RecordError(f"field {', '.join(missing)}: missing; add it as text")
+    for name in FIELDS:
+        value, found = row[name], f'field "{name}": found {reprlib.repr(row[name])}'
+        if not isinstance(value, str):
+            raise RecordError(f"{found} where text is expected; write text in quotes")
+        if not value.strip():
+            raise RecordError(f'{found}, which is empty; fill it in, or empty "alt" to skip the record')
+        if value.encode(errors="ignore").decode() != value:
+            raise RecordError(f"{found}, with half a character (lone surrogate); write it anew in UTF-8")
+    meta = row.get("meta", {})
+    if not isinstance(meta, dict):
+        raise RecordError(f'field "meta": found {reprlib.repr(meta)}; make it an object or leave it out')
+    image = _inside(root, row["image"])
+    return EditRecord(
+        id=number,
+        edit=Edit(image, row["src"], row["alt"]),
+        rephrase=Query(row["rephrase"], image),
+        in_scope=Query(row["fg_gen_q"], image),
+        in_scope_answer=row["fg_gen_a"],
+        out_of_scope=Query(row["fg_loc_q"], image),
+        out_of_scope_answer=row["fg_loc_a"],
+        locality=Query(row["loc"]),
+        locality_answer=row["loc_ans"],
+        meta=meta,
+    )
+
+
+def _inside(root: str, image: str) -> str:
+    """The absolute path of ``image``, links followed; it may not leave ``root`` by any of these ways."""
+    absolute = PureWindowsPath(image).anchor  # "/a" and "C:a" alike
+    climbs = os.path.normpath(image).split(os.sep)[0] == ".."
+    if not absolute and not climbs and "\0" not in image:
+        path = os.path.realpath(os.path.join(root, image))
+        if os.path.commonpath([root, path]) == root:
+            return path
+    fault = "is absolute" if absolute else 'leaves the image root, by ".." or a link'
+    raise RecordError(f'field "image": {image!r} {fault}; give a path relative to {root}, inside it')
+
+
+def _check_image(path: str) -> None:
+    """Raise :class:`RecordError` unless the file is sound; decode only where no cheaper check will do."""
+    if not os.path.isfile(path):
+        raise RecordError(f"no file {path}; fetch it, or give another image root")
+    try:
+        with _open_header(path) as image, open(path, "rb") as file:
+            file.seek(-2, os.SEEK_END)
+            if image.format == "PNG":
+                image.verify()  # by its checksums
+            elif file.read() != b"\xff\xd9":  # verify() passes a JPEG cut short: look for its end mark
+                image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RecordError(f"{path} has more than {MAX_PIXELS:,} pixels; scale it down") from error
+    except Exception as error:  # decoders raise SyntaxError, struct.error, … on damaged files
+        kinds = "/".join(FORMATS)
+        raise RecordError(f"{path} is damaged or not {kinds} ({error}); fetch it again") from error
+
+
+def _open_header(path: str | Path) -> Image.Image:
+    image = Image.open(path, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise Image.DecompressionBombError(f"{path} has more than {MAX_PIXELS:,} pixels")
+    return image
