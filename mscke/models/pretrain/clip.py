@@ -1,0 +1,156 @@
+"""Two mini CLIPs, defined as open_clip configs: image–text contrast plus a region term.
+
+The contrast is CLIP's own, on pooled embeddings; an image on which a phrase fits as well is not
+counted as a negative. The region term asks that a phrase's embedding *point at* the patches of what
+it names: a softmax of the phrase over its image's own patch embeddings. Real CLIPs acquire this
+from scale; here it is taught, and relations ("just left of the owl") with it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+
+from mscke.benchmark.questions import Question, Reference, Unanswerable, references, sample_question
+from mscke.benchmark.scenes import HELD_OUT_FOLD, KINDS, PRETRAINING_FOLDS, Scene, sample_scene_of
+from mscke.models.pretrain.loop import train
+from mscke.models.pretrain.text import build_tokenizer
+from mscke.models.pretrain.vision import MEAN, STD, cells_of_patches, pixels, pretrain_vision
+
+PATCH = 16
+SIZES = {  # width, vision layers, text layers
+    "clip-mini-b": (128, 4, 3),
+    "clip-mini-l": (192, 5, 4),
+}
+
+
+def write_config(folder: Path, name: str) -> None:
+    """Write an open_clip model config and tokenizer that ``create_model("local-dir:…")`` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    width, vision_layers, text_layers = SIZES[name]
+    tokenizer = build_tokenizer()
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = {
+        "model_cfg": {
+            "embed_dim": width,
+            "vision_cfg": {
+                "image_size": 96, "layers": vision_layers, "width": width, "head_width": width // 4,
+                "patch_size": PATCH, "output_tokens": True,
+            },
+            "text_cfg": {
+                "context_length": 24, "vocab_size": len(tokenizer), "width": width, "heads": 4,
+                "layers": text_layers, "hf_tokenizer_name": name, "pool_type": "eos",
+                "eos_id": eos, "pad_id": pad,
+            },
+        },
+        "preprocess_cfg": {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic"},
+    }  # fmt: skip
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", eos)]
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def sample_phrase(rng: np.random.Generator, scene: Scene) -> tuple[str, int, Reference]:
+    """A text about one entity: (text, its cell, reference). Bare, as a question, or as an edit."""
+    while True:
+        if rng.random() < 0.4:
+            entity = scene.entities[int(rng.integers(len(scene.entities)))]
+            found = references(scene, entity)
+            relations = [r for r in found if r.kind == "relation"]
+            pool = relations if relations and rng.random() < 0.4 else found
+            reference = pool[int(rng.integers(len(pool)))]
+            return reference.phrase(int(rng.integers(2))), entity.cell, reference
+        question: Question = sample_question(rng, scene)
+        if question.attribute == "exists":
+            reference = Reference("name", question.value)
+        elif question.reference is not None:
+            reference = question.reference
+        else:
+            continue
+        try:
+            cell = reference.resolve(scene)[0].cell
+        except Unanswerable:
+            continue
+        text = question.text()
+        if question.attribute == "name" and rng.random() < 0.5:  # the form of an edit: prompt and new answer
+            text += " " + tuple(KINDS)[int(rng.integers(len(KINDS)))]
+        return text, cell, reference
+
+
+def fits(reference: Reference, scene: Scene) -> bool:
+    try:
+        reference.resolve(scene)
+    except Unanswerable:
+        return False
+    return True
+
+
+def encode(model, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(text (T, d), pooled image (B, d), patches (B, P, d)), unnormalised, in the joint space."""
+    pooled, patches = model.visual(images)
+    return model.encode_text(tokens), pooled, patches @ model.visual.proj
+
+
+def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: int, seed: int):
+    """Pretrain one mini CLIP and return it; its config and tokenizer are in ``folder``."""
+    torch.manual_seed(seed)
+    write_config(folder, name)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    width = SIZES[name][0]
+    for parameter in model.visual.transformer.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.8 * width**-0.5)
+    pretrain_vision(
+        model.visual, lambda x: model.visual(x)[1], width, PATCH, f"{name}-dense", dense_steps, work, seed
+    )
+    where = torch.from_numpy(cells_of_patches(PATCH))
+
+    def batch(rng, n, folds):
+        scenes = [sample_scene_of(rng, folds) for _ in range(n)]
+        phrases = [[sample_phrase(rng, s) for _ in range(4)] for s in scenes]
+        flat = [p for row in phrases for p in row]
+        tokens = tokenizer([t for t, _, _ in flat])
+        return scenes, flat, tokens
+
+    def pointing(texts, patches, flat):
+        scores = (F.normalize(texts, dim=-1).unflatten(0, (-1, 4)) @ F.normalize(patches, dim=-1).mT) * 20
+        inside = where == torch.tensor([cell for _, cell, _ in flat]).unsqueeze(1)
+        return scores.flatten(0, 1), inside
+
+    def step(rng: np.random.Generator) -> dict[str, Tensor]:
+        scenes, flat, tokens = batch(rng, 40, PRETRAINING_FOLDS)
+        texts, pooled, patches = encode(model, tokens, pixels(scenes))
+        scores, inside = pointing(texts, patches, flat)
+        region = -scores.log_softmax(-1).masked_fill(~inside, -torch.inf).logsumexp(-1).mean()
+        own = torch.arange(len(flat)) // 4
+        ignored = torch.tensor([[fits(r, s) for s in scenes] for _, _, r in flat])
+        ignored[torch.arange(len(flat)), own] = False
+        logits = model.logit_scale.exp() * F.normalize(texts, dim=-1) @ F.normalize(pooled, dim=-1).T
+        contrast = F.cross_entropy(logits.masked_fill(ignored, -torch.inf), own)
+        return {"loss": region + 0.5 * contrast, "region": region, "contrast": contrast}
+
+    @torch.no_grad()
+    def evaluate() -> dict[str, float]:
+        rng = np.random.default_rng([seed, 98])
+        scenes, flat, tokens = batch(rng, 200, HELD_OUT_FOLD)
+        texts, _, patches = encode(model, tokens, pixels(scenes))
+        scores, inside = pointing(texts, patches, flat)
+        hit = inside.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)
+        kinds = [r.kind for _, _, r in flat]
+        result = {"pointing": float(hit.float().mean())}
+        for kind in ("colour", "place", "relation", "category", "name"):
+            result[f"pointing_{kind}"] = float(hit[[k == kind for k in kinds]].float().mean())
+        return result
+
+    train(name, {"clip": model}, step, steps, 1e-3, work, seed, evaluate)
+    return model

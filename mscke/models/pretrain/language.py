@@ -1,0 +1,172 @@
+"""Language before pixels: the text models learn to look things up in nine symbolic visual tokens.
+
+A visual token is the sum of the word embeddings of what lies in a cell (kind, card colour) and a
+learned vector of the cell. The model that reads such tokens needs no pixels to learn binding ("which
+cell is on the red card?"), which is what it learns last. The Q-Former is then taught to write the
+same tokens from pixels (:mod:`mscke.models.pretrain.bridge`).
+
+Two linear heads, thrown away afterwards, read the cell that a question's program looks at (first the
+anchor of a relation, then the target) off middle layers: a supervised hint where to look.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, OPTConfig
+
+from mscke.benchmark.questions import sample_question
+from mscke.benchmark.scenes import HELD_OUT_FOLD, KNOWN, PRETRAINING_FOLDS, Scene, sample_scene_of
+from mscke.models.mllm import Batch, PromptEncoder, embed
+from mscke.models.pretrain.loop import train
+from mscke.models.pretrain.text import sample_episode, sample_fact
+
+N_CELLS = 9
+WIDTH, LAYERS, HEADS = 128, 5, 4
+ANCHOR_LAYER, TARGET_LAYER = 2, 3  # after which decoder layer the pointing heads read
+
+
+def opt_config(tokenizer) -> OPTConfig:
+    return OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=4 * WIDTH,
+        num_hidden_layers=LAYERS, num_attention_heads=HEADS, max_position_embeddings=1024,
+        dropout=0.0, attention_dropout=0.0, layerdrop=0.0, init_std=WIDTH**-0.5, activation_function="gelu",
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def llama_config(tokenizer) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=352, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=1024,
+        initializer_range=WIDTH**-0.5, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+class SymbolicTokens(nn.Module):
+    """Writes a scene as nine visual tokens (B, 9, d) in the language model's embedding space."""
+
+    def __init__(self, language_model: nn.Module, tokenizer, width: int):
+        super().__init__()
+        self.cells = nn.Parameter(torch.randn(N_CELLS, width) * width**-0.5)
+        self.empty = nn.Parameter(torch.randn(width) * width**-0.5)
+        self._words = language_model.get_input_embeddings  # not a submodule: trained with its owner
+        self._id = lambda word: tokenizer(" " + word, add_special_tokens=False)["input_ids"][0]
+        self._memo: dict[str, int] = {}
+
+    def ids(self, scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of (kind, card) by cell: two (B, 9) long arrays, −1 where a cell is empty."""
+        kinds, cards = np.full((2, len(scenes), N_CELLS), -1, np.int64)
+        for i, scene in enumerate(scenes):
+            for e in scene.entities:
+                for array, word in ((kinds, e.kind), (cards, e.card)):
+                    if word not in self._memo:
+                        self._memo[word] = self._id(word)
+                    array[i, e.cell] = self._memo[word]
+        return kinds, cards
+
+    def forward(self, scenes: list[Scene]) -> Tensor:
+        kinds, cards = (torch.from_numpy(a) for a in self.ids(scenes))
+        words = self._words()
+        content = words(kinds.clamp(min=0)) + words(cards.clamp(min=0))
+        return torch.where((kinds >= 0).unsqueeze(-1), content, self.empty) + self.cells
+
+
+def answer_loss(
+    language_model: nn.Module, encoder: PromptEncoder, batch: Batch, visual: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Cross-entropy on answer tokens. Returns (loss, hidden states, hits by token)."""
+    embedded = embed(language_model, batch.ids, encoder.image_id, visual)
+    out = language_model.model(
+        inputs_embeds=embedded, attention_mask=batch.mask, output_hidden_states=True, use_cache=False
+    )
+    where = batch.labels >= 0
+    logits = language_model.lm_head(out.last_hidden_state[where])
+    labels = batch.labels[where]
+    return F.cross_entropy(logits.float(), labels), out.hidden_states, logits.argmax(-1) == labels
+
+
+class Lesson:
+    """Draws training batches and computes their losses, from symbolic or from visual tokens."""
+
+    def __init__(self, language_model, encoder, look, scenes=16, questions=6, facts=8, episodes=8):
+        self.language_model, self.encoder, self.look = language_model, encoder, look
+        self.scenes, self.questions, self.facts, self.episodes = scenes, questions, facts, episodes
+        width = language_model.config.hidden_size
+        self.pointers = nn.ModuleList([nn.Linear(width, N_CELLS) for _ in range(2)])
+
+    def __call__(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        scenes = [sample_scene_of(rng, PRETRAINING_FOLDS, KNOWN) for _ in range(self.scenes)]
+        questions = [(s, sample_question(rng, s)) for s in scenes for _ in range(self.questions)]
+        encoder = self.encoder
+        prompts = [encoder.prompt(q.text(), True) for _, q in questions]
+        answers = [encoder.answer(q.answer(s)) for s, q in questions]
+        cells = torch.tensor([q.cells(s) for s, q in questions])
+        for question, answer in (sample_fact(rng) for _ in range(self.facts)):
+            prompts.append(encoder.prompt(question, False))
+            answers.append(encoder.answer(answer))
+        batch = encoder.collate(prompts, answers)
+        visual = self.look(scenes)
+        seen = visual.repeat_interleave(self.questions, 0)
+        loss, hidden, hits = answer_loss(self.language_model, encoder, batch, seen)
+        last = (batch.labels >= 0).float().argmax(1)[: len(questions)]
+        rows = torch.arange(len(questions))
+        pointing = sum(
+            F.cross_entropy(head(hidden[layer][rows, last]).float(), cells[:, column].clamp(min=-1), ignore_index=-1)
+            for head, layer, column in zip(
+                self.pointers, (ANCHOR_LAYER, TARGET_LAYER), (1, 0), strict=True
+            )
+        )
+        told = self._episodes(rng, scenes, visual)
+        total = loss + 0.6 * pointing + 0.3 * told
+        return {"loss": total, "answer": loss, "pointing": pointing, "episode": told, "hits": hits.float().mean()}
+
+    def _episodes(self, rng: np.random.Generator, scenes: list[Scene], visual: Tensor) -> Tensor:
+        """Loss of in-context edits ("New Fact: … Prompt: …") on the first few scenes."""
+        if not self.episodes:
+            return visual.new_zeros(())
+        drawn = [sample_episode(rng, s) for s in scenes[: self.episodes]]
+        prompts = [self.encoder.prompt(q.text(), True, context) for context, q, _ in drawn]
+        answers = [self.encoder.answer(a) for _, _, a in drawn]
+        batch = self.encoder.collate(prompts, answers)
+        return answer_loss(self.language_model, self.encoder, batch, visual[: self.episodes])[0]
+
+
+@torch.no_grad()
+def accuracy(lesson: Lesson, n: int = 600, seed: int = 1) -> dict[str, float]:
+    """Share of held-out scenes' questions whose every answer token is right, by reference kind."""
+    rng = np.random.default_rng([seed, 99])
+    scenes = [sample_scene_of(rng, HELD_OUT_FOLD, KNOWN) for _ in range(n)]
+    questions = [sample_question(rng, s) for s in scenes]
+    encoder, right = lesson.encoder, []
+    for i in range(0, n, 200):
+        part = list(zip(scenes[i : i + 200], questions[i : i + 200], strict=True))
+        batch = encoder.collate(
+            [encoder.prompt(q.text(), True) for _, q in part], [encoder.answer(q.answer(s)) for s, q in part]
+        )
+        visual = lesson.look([s for s, _ in part])
+        _, _, hits = answer_loss(lesson.language_model, encoder, batch, visual)
+        counts = (batch.labels >= 0).sum(1).tolist()
+        right += [bool(h.all()) for h in hits.split(counts)]
+    kinds = [q.reference.kind if q.reference else q.attribute for q in questions]
+    result = {"accuracy": float(np.mean(right))}
+    for kind in ("colour", "place", "relation", "category", "name", "exists", "count"):
+        chosen = [r for r, k in zip(right, kinds, strict=True) if k == kind]
+        result[kind] = float(np.mean(chosen))
+    return result
+
+
+def pretrain_language(language_model, encoder, tokenizer, name: str, steps: int, folder: Path, seed: int = 0):
+    """Train a text model on symbolic tokens. Returns (language model, symbolic tokens)."""
+    symbols = SymbolicTokens(language_model, tokenizer, WIDTH)
+    lesson = Lesson(language_model, encoder, symbols)
+    modules = {"language_model": language_model, "symbols": symbols, "pointers": lesson.pointers}
+    train(name, modules, lesson, steps, 1.5e-3, folder, seed, lambda: accuracy(lesson))
+    return language_model, symbols
