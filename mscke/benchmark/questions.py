@@ -184,8 +184,10 @@ def in_scope(question: Question, before: Scene, after: Scene, cell: int) -> bool
         return None
 
 
-def sample_question(rng: np.random.Generator, scene: Scene, mix: dict[str, float] | None = None) -> Question:
-    """A random answerable question: any entity, any reference, any attribute that makes sense."""
+def sample_question(
+    rng: np.random.Generator, scene: Scene, mix: dict[str, float] | None = None, kinds: tuple[str, ...] = ()
+) -> Question:
+    """A random answerable question: any entity, any reference (of ``kinds``), any attribute that makes sense."""
     mix = mix or PRETRAINING_MIX
     attribute = tuple(mix)[_draw(rng, mix)]
     wording = int(rng.integers(6))
@@ -206,13 +208,12 @@ def sample_question(rng: np.random.Generator, scene: Scene, mix: dict[str, float
         entity = scene.entities[int(rng.integers(len(scene.entities)))]
         taken = {"name": ("name",), "category": ("category", "name"), "colour": ("colour",),
                  "place": ("place",)}.get(attribute, ("name",))  # fmt: skip
-        found = [r for r in references(scene, entity) if r.kind not in taken]
-        kinds = sorted({r.kind for r in found})
-        if not kinds:
-            continue
+        found = [r for r in references(scene, entity, kinds) if r.kind not in taken]
         # relations are learned last: they get twice the weight
-        weights = {k: 2.0 if k == "relation" else 1.0 for k in kinds}
-        kind = kinds[_draw(rng, weights)]
+        weights = {k: 2.0 if k == "relation" else 1.0 for k in sorted({r.kind for r in found})}
+        if not weights:
+            continue
+        kind = tuple(weights)[_draw(rng, weights)]
         same = [r for r in found if r.kind == kind]
         return Question(attribute, same[int(rng.integers(len(same)))], wording=wording)
 

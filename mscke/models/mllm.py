@@ -13,12 +13,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerBase
+
+from mscke.benchmark.sample import Query, open_image
 
 TEMPLATE = "Question: {} Short answer:"
 IN_CONTEXT = "New Fact: {} {}\nPrompt: "
 IMAGE_TOKEN = "<image>"
+
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's and BLIP-2's
+
+
+def load_pixels(paths: Sequence[str], size: int) -> Tensor:
+    """Images as BLIP-2 reads them: resized to ``size``², normalised; float32 (B, 3, size, size)."""
+    images = [open_image(p) for p in paths]
+    images = [i if i.size == (size, size) else i.resize((size, size), Image.Resampling.BICUBIC) for i in images]
+    pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 255
+    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -115,44 +130,144 @@ def normalise_answer(text: str) -> str:
     return " ".join(text.lower().strip().rstrip(".").split())
 
 
+@torch.inference_mode()
+def generate(
+    language_model: nn.Module, encoder: PromptEncoder, prompts: list[list[int]], visual: Tensor | None,
+    max_new_tokens: int = 6,
+) -> list[str]:
+    """Greedy answers. ``visual`` (V, n, d): one entry for each prompt with placeholders, in order."""
+    batch = encoder.collate(prompts, left=True)
+    device = next(language_model.parameters()).device
+    ids, mask = batch.ids.to(device), batch.mask.to(device)
+    tokens = language_model.generate(
+        inputs_embeds=embed(language_model, ids, encoder.image_id, visual), attention_mask=mask,
+        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=encoder.pad_id,
+        eos_token_id=encoder.eos_id,
+    )  # fmt: skip
+    texts = encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [normalise_answer(text) for text in texts]
+
+
+@dataclass(frozen=True)
+class Forced:
+    """One answer under teacher forcing: ``hits`` (T,) bool by answer token, ``top`` (L, k) token ids
+    at every position (visual tokens, prompt, answer), most likely first."""
+
+    hits: np.ndarray
+    top: np.ndarray
+
+
+@torch.inference_mode()
+def teacher_force(
+    language_model: nn.Module, encoder: PromptEncoder, prompts: list[list[int]], answers: list[list[int]],
+    visual: Tensor | None, k: int = 10,
+) -> list[Forced]:
+    """Predict every token given the gold ones before it (the paper's protocol)."""
+    batch = encoder.collate(prompts, answers)
+    device = next(language_model.parameters()).device
+    ids, mask = batch.ids.to(device), batch.mask.to(device)
+    logits = language_model(
+        inputs_embeds=embed(language_model, ids, encoder.image_id, visual), attention_mask=mask, use_cache=False
+    ).logits
+    top = logits.topk(k, -1).indices.cpu().numpy().astype(np.int32)
+    labels, lengths = batch.labels.numpy(), batch.mask.sum(1).tolist()
+    return [
+        Forced(t[row >= 0, 0] == row[row >= 0], t[:n]) for t, row, n in zip(top, labels, lengths, strict=True)
+    ]
+
+
+class ImageFeatures:
+    """Q-Former features of images, computed once an image and kept: path -> (n, d_q) float32.
+
+    ``compute`` maps a list of image paths to (B, n, d_q). The features are frozen, so every editor
+    and every question of an image shares them.
+    """
+
+    def __init__(self, compute, batch_size: int = 256):
+        self.compute, self.batch_size = compute, batch_size
+        self.rows: dict[str, int] = {}
+        self.table: Tensor | None = None
+
+    def __call__(self, paths: Sequence[str]) -> Tensor:
+        new = [p for p in dict.fromkeys(paths) if p not in self.rows]
+        parts = [] if self.table is None else [self.table]
+        for i in tqdm(range(0, len(new), self.batch_size), desc="images", leave=False, disable=len(new) < 1000):
+            parts.append(self.compute(new[i : i + self.batch_size]).float().cpu())
+        if new:
+            for path in new:
+                self.rows[path] = len(self.rows)
+            self.table = torch.cat(parts)
+        return self.table[[self.rows[p] for p in paths]]
+
+
+def in_batches(n: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
 class MLLM:
     """A frozen multimodal language model that answers questions, in batches.
 
-    Visual features are computed once an image (:meth:`see`) and shared by its questions.
+    What is frozen is remembered: an image's Q-Former features, and the answer to a question that
+    was asked before. ``with_context`` prepends text (an in-context edit) to a question.
     """
 
     def __init__(self, model: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, name: str):
-        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         prompt = FORMATS[model.config.text_config.model_type]
         self.encoder = PromptEncoder(tokenizer, prompt, model.config.num_query_tokens)
+        self.features = ImageFeatures(self._look)
+        self._answers: dict[Query, str] = {}
+        self._forced: dict[tuple[Query, str], Forced] = {}
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, name: str, **kwargs) -> MLLM:
         """Load a model saved in transformers' own format (safetensors only)."""
         model = Blip2ForConditionalGeneration.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, **kwargs
+            folder, use_safetensors=True, trust_remote_code=False, dtype=kwargs.pop("dtype", torch.float32), **kwargs
         )
         return cls(model, AutoTokenizer.from_pretrained(folder), name)
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def language_model(self) -> nn.Module:
-        return self.model.language_model
-
     @torch.inference_mode()
-    def qformer(self, pixels: Tensor, batch_size: int = 256) -> Tensor:
-        """Q-Former output (B, n, d_q) of images (B, 3, H, W): what is frozen, and so cached."""
-        outputs = []
-        for part in pixels.split(batch_size):
-            part = part.to(self.device, self.model.dtype)
-            states = self.model.vision_model(pixel_values=part).last_hidden_state
-            tokens = self.model.query_tokens.expand(len(part), -1, -1)
-            outputs.append(self.model.qformer(query_embeds=tokens, encoder_hidden_states=states)[0])
-        return torch.cat(outputs)
+    def _look(self, paths: Sequence[str]) -> Tensor:
+        size = self.model.config.vision_config.image_size
+        pixels = load_pixels(paths, size).to(self.model.device, self.model.dtype)
+        states = self.model.vision_model(pixel_values=pixels).last_hidden_state
+        tokens = self.model.query_tokens.expand(len(paths), -1, -1)
+        return self.model.qformer(query_embeds=tokens, encoder_hidden_states=states)[0]
 
-    def project(self, features: Tensor) -> Tensor:
-        """Visual tokens (B, n, d) of the language model, from Q-Former features."""
-        return self.model.language_projection(features.to(self.model.language_projection.weight.dtype))
+    def see(self, queries: Sequence[Query]) -> Tensor | None:
+        """Visual tokens (V, n, d) of the queries that have an image, in order."""
+        paths = [q.image for q in queries if q.image is not None]
+        if not paths:
+            return None
+        weight = self.model.language_projection.weight
+        with torch.inference_mode():
+            return self.model.language_projection(self.features(paths).to(weight.device, weight.dtype))
+
+    def prompts(self, queries: Sequence[Query], contexts: Sequence[str] | None = None) -> list[list[int]]:
+        contexts = contexts or [""] * len(queries)
+        return [
+            self.encoder.prompt(q.question, q.image is not None, c) for q, c in zip(queries, contexts, strict=True)
+        ]
+
+    def answer(self, queries: Sequence[Query], batch_size: int = 512) -> list[str]:
+        """Greedy answers to (B) queries, normalised for exact match."""
+        new = [q for q in dict.fromkeys(queries) if q not in self._answers]
+        for part in in_batches(len(new), batch_size):
+            chunk = new[part]
+            texts = generate(self.model.language_model, self.encoder, self.prompts(chunk), self.see(chunk))
+            self._answers.update(zip(chunk, texts, strict=True))
+        return [self._answers[q] for q in queries]
+
+    def force(self, queries: Sequence[Query], answers: Sequence[str], batch_size: int = 512) -> list[Forced]:
+        """Teacher-forced predictions of (B) gold answers."""
+        pairs = list(zip(queries, answers, strict=True))
+        new = [p for p in dict.fromkeys(pairs) if p not in self._forced]
+        for part in in_batches(len(new), batch_size):
+            chunk, gold = zip(*new[part], strict=True)
+            ids = [self.encoder.answer(a, eos=False) for a in gold]
+            found = teacher_force(
+                self.model.language_model, self.encoder, self.prompts(chunk), ids, self.see(chunk)
+            )
+            self._forced.update(zip(new[part], found, strict=True))
+        return [self._forced[p] for p in pairs]

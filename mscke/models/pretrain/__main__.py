@@ -12,7 +12,7 @@ from mscke.models.mllm import BLIP2_FORMAT, MINIGPT4_FORMAT, PromptEncoder
 from mscke.models.pretrain import bridge, clip, language, text, vision
 
 WORK = Path("outputs/pretrain")
-STEPS = {"opt": 4000, "llama": 4000, "vision": 2000, "clip-mini-b": 1600, "clip-mini-l": 1600}
+STEPS = {"opt": 4500, "llama": 4500, "vision": 2000, "clip-mini-b": 1600, "clip-mini-l": 1600}
 DENSE_STEPS = 500
 
 

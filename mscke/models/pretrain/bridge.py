@@ -82,7 +82,7 @@ def distil(model, symbols: nn.Module, name: str, steps: int, folder: Path, seed:
             target = symbols(scenes)
         return (look(scenes) - target).square().mean() / target.var()
 
-    def step(rng: np.random.Generator) -> dict[str, Tensor]:
+    def step(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
         return {"loss": error([sample_scene_of(rng, PRETRAINING_FOLDS) for _ in range(64)])}
 
     @torch.no_grad()
@@ -97,5 +97,4 @@ def join(model, encoder, name: str, steps: int, folder: Path, seed: int, qformer
     """Train text model, projection and (for BLIP-2-mini) Q-Former together, from pixels."""
     freeze(model, qformer=not qformer)
     lesson = Lesson(model.language_model, encoder, looker(model))
-    modules = {"model": model, "pointers": lesson.pointers}
-    train(name, modules, lesson, steps, 5e-4, folder, seed, lambda: accuracy(lesson))
+    train(name, {"model": model}, lesson, steps, 5e-4, folder, seed, lambda: accuracy(lesson))

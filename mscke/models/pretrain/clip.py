@@ -127,7 +127,7 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
         inside = where == torch.tensor([cell for _, cell, _ in flat]).unsqueeze(1)
         return scores.flatten(0, 1), inside
 
-    def step(rng: np.random.Generator) -> dict[str, Tensor]:
+    def step(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
         scenes, flat, tokens = batch(rng, 40, PRETRAINING_FOLDS)
         texts, pooled, patches = encode(model, tokens, pixels(scenes))
         scores, inside = pointing(texts, patches, flat)

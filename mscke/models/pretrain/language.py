@@ -5,8 +5,7 @@ learned vector of the cell. The model that reads such tokens needs no pixels to 
 cell is on the red card?"), which is what it learns last. The Q-Former is then taught to write the
 same tokens from pixels (:mod:`mscke.models.pretrain.bridge`).
 
-Two linear heads, thrown away afterwards, read the cell that a question's program looks at (first the
-anchor of a relation, then the target) off middle layers: a supervised hint where to look.
+Questions that look one thing up come first, then all of them: relations, counts, contexts.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ from mscke.models.pretrain.loop import train
 from mscke.models.pretrain.text import sample_episode, sample_fact
 
 N_CELLS = 9
-WIDTH, LAYERS, HEADS = 128, 5, 4
-ANCHOR_LAYER, TARGET_LAYER = 2, 3  # after which decoder layer the pointing heads read
+WIDTH, LAYERS, HEADS = 128, 4, 4
 
 
 def opt_config(tokenizer) -> OPTConfig:
@@ -48,6 +46,10 @@ def llama_config(tokenizer) -> LlamaConfig:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
+
+
+EASY_MIX = {"name": 0.5, "colour": 0.25, "place": 0.25}
+EASY_REFERENCES = ("colour", "place", "name")
 
 
 class SymbolicTokens(nn.Module):
@@ -81,57 +83,44 @@ class SymbolicTokens(nn.Module):
 
 def answer_loss(
     language_model: nn.Module, encoder: PromptEncoder, batch: Batch, visual: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """Cross-entropy on answer tokens. Returns (loss, hidden states, hits by token)."""
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy on answer tokens. Returns (loss, hits by token)."""
     embedded = embed(language_model, batch.ids, encoder.image_id, visual)
-    out = language_model.model(
-        inputs_embeds=embedded, attention_mask=batch.mask, output_hidden_states=True, use_cache=False
-    )
+    out = language_model.model(inputs_embeds=embedded, attention_mask=batch.mask, use_cache=False)
     where = batch.labels >= 0
     logits = language_model.lm_head(out.last_hidden_state[where])
     labels = batch.labels[where]
-    return F.cross_entropy(logits.float(), labels), out.hidden_states, logits.argmax(-1) == labels
+    return F.cross_entropy(logits.float(), labels), logits.argmax(-1) == labels
 
 
 class Lesson:
     """Draws training batches and computes their losses, from symbolic or from visual tokens."""
 
-    def __init__(self, language_model, encoder, look, scenes=16, questions=6, facts=8, episodes=8):
+    def __init__(self, language_model, encoder, look, scenes=16, questions=6, facts=6, episodes=6, easy=0.0):
         self.language_model, self.encoder, self.look = language_model, encoder, look
-        self.scenes, self.questions, self.facts, self.episodes = scenes, questions, facts, episodes
-        width = language_model.config.hidden_size
-        self.pointers = nn.ModuleList([nn.Linear(width, N_CELLS) for _ in range(2)])
+        self.scenes, self.questions, self.facts, self.episodes, self.easy = scenes, questions, facts, episodes, easy
 
-    def __call__(self, rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, rng: np.random.Generator, progress: float = 1.0) -> dict[str, Tensor]:
         scenes = [sample_scene_of(rng, PRETRAINING_FOLDS, KNOWN) for _ in range(self.scenes)]
-        questions = [(s, sample_question(rng, s)) for s in scenes for _ in range(self.questions)]
+        easy = progress < self.easy  # look one thing up first; relations, counts and contexts come later
+        mix, kinds = (EASY_MIX, EASY_REFERENCES) if easy else (None, ())
+        questions = [(s, sample_question(rng, s, mix, kinds)) for s in scenes for _ in range(self.questions)]
         encoder = self.encoder
         prompts = [encoder.prompt(q.text(), True) for _, q in questions]
         answers = [encoder.answer(q.answer(s)) for s, q in questions]
-        cells = torch.tensor([q.cells(s) for s, q in questions])
         for question, answer in (sample_fact(rng) for _ in range(self.facts)):
             prompts.append(encoder.prompt(question, False))
             answers.append(encoder.answer(answer))
         batch = encoder.collate(prompts, answers)
         visual = self.look(scenes)
         seen = visual.repeat_interleave(self.questions, 0)
-        loss, hidden, hits = answer_loss(self.language_model, encoder, batch, seen)
-        last = (batch.labels >= 0).float().argmax(1)[: len(questions)]
-        rows = torch.arange(len(questions))
-        pointing = sum(
-            F.cross_entropy(head(hidden[layer][rows, last]).float(), cells[:, column].clamp(min=-1), ignore_index=-1)
-            for head, layer, column in zip(
-                self.pointers, (ANCHOR_LAYER, TARGET_LAYER), (1, 0), strict=True
-            )
-        )
-        told = self._episodes(rng, scenes, visual)
-        total = loss + 0.6 * pointing + 0.3 * told
-        return {"loss": total, "answer": loss, "pointing": pointing, "episode": told, "hits": hits.float().mean()}
+        loss, hits = answer_loss(self.language_model, encoder, batch, seen)
+        told = visual.new_zeros(()) if easy else self._episodes(rng, scenes, visual)
+        total = loss + 0.3 * told
+        return {"loss": total, "answer": loss, "episode": told, "hits": hits.float().mean()}
 
     def _episodes(self, rng: np.random.Generator, scenes: list[Scene], visual: Tensor) -> Tensor:
         """Loss of in-context edits ("New Fact: … Prompt: …") on the first few scenes."""
-        if not self.episodes:
-            return visual.new_zeros(())
         drawn = [sample_episode(rng, s) for s in scenes[: self.episodes]]
         prompts = [self.encoder.prompt(q.text(), True, context) for context, q, _ in drawn]
         answers = [self.encoder.answer(a) for _, _, a in drawn]
@@ -152,7 +141,7 @@ def accuracy(lesson: Lesson, n: int = 600, seed: int = 1) -> dict[str, float]:
             [encoder.prompt(q.text(), True) for _, q in part], [encoder.answer(q.answer(s)) for s, q in part]
         )
         visual = lesson.look([s for s, _ in part])
-        _, _, hits = answer_loss(lesson.language_model, encoder, batch, visual)
+        _, hits = answer_loss(lesson.language_model, encoder, batch, visual)
         counts = (batch.labels >= 0).sum(1).tolist()
         right += [bool(h.all()) for h in hits.split(counts)]
     kinds = [q.reference.kind if q.reference else q.attribute for q in questions]
@@ -166,7 +155,7 @@ def accuracy(lesson: Lesson, n: int = 600, seed: int = 1) -> dict[str, float]:
 def pretrain_language(language_model, encoder, tokenizer, name: str, steps: int, folder: Path, seed: int = 0):
     """Train a text model on symbolic tokens. Returns (language model, symbolic tokens)."""
     symbols = SymbolicTokens(language_model, tokenizer, WIDTH)
-    lesson = Lesson(language_model, encoder, symbols)
-    modules = {"language_model": language_model, "symbols": symbols, "pointers": lesson.pointers}
-    train(name, modules, lesson, steps, 1.5e-3, folder, seed, lambda: accuracy(lesson))
+    lesson = Lesson(language_model, encoder, symbols, easy=0.15)
+    modules = {"language_model": language_model, "symbols": symbols}
+    train(name, modules, lesson, steps, 1e-3, folder, seed, lambda: accuracy(lesson))
     return language_model, symbols

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -19,13 +20,13 @@ def one_cycle(step: int, steps: int, warmup: int = 100) -> float:
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return 0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * progress))
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def train(
     name: str,
     modules: dict[str, nn.Module],
-    step: Callable[[np.random.Generator], dict[str, Tensor]],
+    step: Callable[[np.random.Generator, float], dict[str, Tensor]],
     steps: int,
     lr: float,
     folder: Path,
@@ -35,7 +36,7 @@ def train(
     weight_decay: float = 0.01,
     extra: Iterable[nn.Parameter] = (),
 ) -> None:
-    """Minimise ``step(rng)["loss"]`` over the parameters of ``modules`` that require a gradient.
+    """Minimise ``step(rng, progress)["loss"]`` over the parameters of ``modules`` that require a gradient.
 
     Every ``every`` steps the curve (``folder/name.csv``) gains a row and a checkpoint
     (``folder/name.pt``) is replaced; a stage that was interrupted goes on from there with the same
@@ -61,7 +62,7 @@ def train(
         factor = one_cycle(i, steps)
         for group in optimiser.param_groups:
             group["lr"] = lr * factor
-        losses = step(np.random.default_rng([seed, i]))
+        losses = step(np.random.default_rng([seed, i]), i / steps)
         optimiser.zero_grad(set_to_none=True)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

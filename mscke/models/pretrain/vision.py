@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from mscke.benchmark.scenes import (
     CARDS, GRID, HELD_OUT_FOLD, IMAGE_SIZE, KNOWN, PRETRAINING_FOLDS, Scene, render, sample_scene_of,
 )  # fmt: skip
+from mscke.models.mllm import MEAN, STD
 from mscke.models.pretrain.loop import train
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's and BLIP-2's
 
 
 def pixels(scenes: list[Scene]) -> Tensor:
@@ -59,7 +59,7 @@ def pretrain_vision(
     heads = nn.ModuleList([nn.Linear(width, 1 + len(KNOWN)), nn.Linear(width, 1 + len(CARDS))])
     weights = [torch.tensor([0.1] + [1.0] * (head.out_features - 1)) for head in heads]
 
-    def step(rng: np.random.Generator) -> dict[str, Tensor]:
+    def step(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
         scenes = [sample_scene_of(rng, PRETRAINING_FOLDS) for _ in range(batch)]
         tokens = patch_tokens(pixels(scenes))
         losses = [

@@ -1,0 +1,177 @@
+"""Training of the scope classifier and of the counterfactual model; resumable, logged, seeded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mscke.benchmark.sample import EditRecord, Query
+from mscke.classifier import Features, ScopeClassifier
+from mscke.models.counterfactual import CounterfactualModel
+
+ROLES = ("reliability", "generality", "in_scope", "out_of_scope", "locality")
+IN_ROLES = (True, True, True, False, False)
+# weight of each role in the loss: the two fine-grained ones count twice, so that they decide where ρ = 0.5 lies
+FINE_GRAINED = (0.25, 0.25, 0.5, 0.8, 0.2)
+AS_RELEASED = (0.5, 0.5, 0.0, 0.0, 1.0)  # SERAC's: the edit and its rephrasing against unrelated text
+
+
+def encode_records(classifier: ScopeClassifier, records: Sequence[EditRecord]) -> tuple[Features, Features]:
+    """Frozen features of the edits (R) and of their queries (5 R, record by record)."""
+    edits = classifier.encoder([Query(r.edit.prompt, r.edit.image) for r in records], [r.edit.answer for r in records])
+    queries = classifier.encoder([r.queries[role] for r in records for role in ROLES])
+    return edits, queries
+
+
+def scope_loss(
+    classifier: ScopeClassifier, edits: Features, queries: Features, weights: Sequence[float], others: float
+) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy of in- and out-of-scope queries (§3): (loss, logits of own queries (R, 5)).
+
+    ``others`` weighs the mean over every *other* record's visual queries in the batch, which are all
+    out of scope: what keeps edits apart when many share one memory.
+    """
+    z_edit, z_query = classifier(edits), classifier(queries)
+    n = len(z_edit)
+    own = classifier.logit((z_edit.unsqueeze(1) - z_query.unflatten(0, (n, 5))).square().sum(-1))  # (R, 5)
+    target = torch.tensor(IN_ROLES, dtype=own.dtype).expand_as(own)
+    per_role = F.binary_cross_entropy_with_logits(own, target, reduction="none").mean(0)
+    loss = (per_role * torch.tensor(weights)).sum()
+    if others and n > 1:
+        squared = z_edit.square().sum(-1, keepdim=True) + z_query.square().sum(-1) - 2 * z_edit @ z_query.T
+        cross = classifier.logit(squared.clamp(min=0)).unflatten(1, (n, 5))  # (R, R, 5)
+        different = ~torch.eye(n, dtype=torch.bool)
+        loss = loss + others * F.softplus(cross[different][:, :4]).mean()
+    return loss, own
+
+
+def train_classifier(
+    classifier: ScopeClassifier,
+    train: Sequence[EditRecord],
+    validation: Sequence[EditRecord],
+    folder: Path,
+    epochs: int = 20,
+    lr: float = 1e-3,
+    batch_size: int = 128,
+    seed: int = 0,
+    weights: Sequence[float] = FINE_GRAINED,
+    others: float = 1.0,
+) -> pd.DataFrame:
+    """Train in place on frozen features; returns the curve (one row an epoch).
+
+    The last epoch is kept: nothing is selected. ``folder`` receives the curve and the weights, from
+    which an interrupted or repeated call goes on.
+    """
+    edits, queries = encode_records(classifier, train)
+    held = encode_records(classifier, validation)
+
+    def loss(rows: Tensor) -> Tensor:
+        own = (rows.unsqueeze(1) * 5 + torch.arange(5)).flatten()
+        return scope_loss(classifier, edits.select(rows), queries.select(own), weights, others)[0]
+
+    @torch.inference_mode()
+    def evaluate() -> dict[str, float]:
+        value, logits = scope_loss(classifier, *held, weights, others=0.0)
+        right = ((logits >= 0) == torch.tensor(IN_ROLES)).float().mean(0)
+        return {"validation_loss": float(value)} | {f"right_{r}": float(v) for r, v in zip(ROLES, right, strict=True)}
+
+    return _fit(classifier, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed)
+
+
+def train_counterfactual(
+    model: CounterfactualModel,
+    train: Sequence[EditRecord],
+    validation: Sequence[EditRecord],
+    folder: Path,
+    epochs: int = 4,
+    lr: float = 1.5e-3,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Train f_cfr on the edit prompt, its rephrasing and the in-scope question of each record."""
+    roles = ROLES[:3]
+
+    def examples(records: Sequence[EditRecord]):
+        rows = [(r.queries[role], r.edit, r.answers[role]) for r in records for role in roles]
+        return map(list, zip(*rows, strict=True))
+
+    def loss(rows: Tensor) -> Tensor:
+        return model.loss(*examples([train[i] for i in rows.tolist()]))
+
+    @torch.inference_mode()
+    def evaluate() -> dict[str, float]:
+        queries, edits, answers = examples(validation)
+        right = torch.tensor([a == b for a, b in zip(model.answer(queries, edits), answers, strict=True)])
+        return {f"right_{r}": float(v) for r, v in zip(roles, right.float().view(-1, 3).mean(0), strict=True)}
+
+    return _fit(model, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed)
+
+
+def _fit(
+    model: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    evaluate: Callable[[], dict[str, float]],
+    n: int,
+    folder: Path,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    seed: int,
+) -> pd.DataFrame:
+    """AdamW with one cosine cycle over (epochs × batches), a checkpoint every epoch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    curve, weights, state = folder / "curve.csv", folder / "model.safetensors", folder / "optimiser.pt"
+    rows = pd.read_csv(curve).to_dict("records") if curve.exists() else []
+    if rows:
+        model.load_state_dict(load_file(weights))
+    if len(rows) >= epochs:
+        return pd.DataFrame(rows)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    batches = -(-n // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs * batches, pct_start=0.1)
+    if rows:
+        saved = torch.load(state, weights_only=True)
+        optimiser.load_state_dict(saved["optimiser"])
+        schedule.load_state_dict(saved["schedule"])
+    bar = tqdm(total=epochs * batches, initial=len(rows) * batches, desc=folder.name, mininterval=2)
+    for epoch in range(len(rows), epochs):
+        model.train()
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch))
+        total = 0.0
+        for part in order.split(batch_size):
+            value = loss(part)
+            optimiser.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            schedule.step()
+            total += value.item() * len(part)
+            bar.update()
+        model.eval()
+        rows.append({"epoch": epoch + 1, "loss": total / n} | evaluate())
+        bar.set_postfix({k: round(v, 3) for k, v in rows[-1].items()})
+        _replace(weights, lambda p: save_file({k: v.contiguous() for k, v in _unshared(model).items()}, p))
+        _replace(state, lambda p: torch.save({"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}, p))
+        _replace(curve, lambda p: pd.DataFrame(rows).to_csv(p, index=False))
+    bar.close()
+    return pd.DataFrame(rows)
+
+
+def _unshared(model: nn.Module) -> dict[str, Tensor]:
+    """The state with tied tensors copied: safetensors stores no sharing."""
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
