@@ -11,9 +11,9 @@ two embeddings gives ρ ∈ (0, 1). One embedding an (image, text) pair, so a me
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import open_clip
 import torch
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from mscke.benchmark.sample import Query, open_image
+from mscke.models.features import FeatureTable, fingerprint
 
 FUSIONS = ("text", "concat", "dot_pooled", "cross", "dot")
 SIMILARITIES = ("logistic", "exponential")
@@ -52,56 +52,50 @@ class ClipEncoder:
     """A frozen CLIP loaded through open_clip; every image and every text is encoded once.
 
     ``name`` is anything ``open_clip.create_model`` takes: ``"ViT-L-14"`` with ``pretrained="openai"``,
-    or ``"local-dir:<folder>"``.
+    or ``"local-dir:<folder>"``. ``cache``: a folder in which the features survive the process.
     """
 
-    def __init__(self, name: str, pretrained: str | None = None, batch_size: int = 256):
+    def __init__(self, name: str, pretrained: str | None = None, cache: Path | None = None):
         self.model = open_clip.create_model(name, pretrained).eval().requires_grad_(False)
         self.model.visual.output_tokens = True
         self.tokenizer = open_clip.get_tokenizer(name)
-        config = PreprocessCfg(**self.model.visual.preprocess_cfg)
-        self.preprocess = image_transform_v2(config, is_train=False)
-        self.batch_size = batch_size
-        self._texts: dict[str, int] = {}
-        self._images: dict[str, int] = {}
-        self._text_table: list[Tensor] = []
-        self._image_table: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.dim = self.model.visual.proj.shape[1]
-        self.patch_dim = self.model.visual.proj.shape[0]
+        self.preprocess = image_transform_v2(
+            PreprocessCfg(**self.model.visual.preprocess_cfg), is_train=False
+        )
+        self.patch_dim, self.dim = self.model.visual.proj.shape
+        key = fingerprint(self.model)
+        self.texts = FeatureTable(self._encode_texts, cache and cache / f"clip-text-{key}.safetensors")
+        self.images = FeatureTable(self._encode_images, cache and cache / f"clip-image-{key}.safetensors")
+
+    def _encode_texts(self, texts: list[str]) -> tuple[Tensor]:
+        return (self.model.encode_text(self.tokenizer(texts)),)
+
+    def _encode_images(self, paths: list[str]) -> tuple[Tensor, Tensor]:
+        return self.model.visual(torch.stack([self.preprocess(open_image(p)) for p in paths]))
 
     @torch.inference_mode()
-    def _add(self, known: dict[str, int], new: list[str], encode, table: list) -> None:
-        for i in tqdm(range(0, len(new), self.batch_size), desc="CLIP", leave=False, disable=len(new) < 2000):
-            part = new[i : i + self.batch_size]
-            table.append(encode(part))
-            known.update({key: len(known) + j for j, key in enumerate(part)})
-
-    def _encode_images(self, paths: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        pixels = torch.stack([self.preprocess(open_image(p)) for p in paths])
-        pooled, tokens = self.model.visual(pixels)
-        return pooled, tokens, tokens @ self.model.visual.proj
-
     def __call__(self, queries: Sequence[Query], answers: Sequence[str] | None = None) -> Features:
         """Encode (B) queries; ``answers`` are appended to the text on the edit side."""
-        texts = [q.question for q in queries]
-        if answers is not None:
-            texts = [f"{t} {a}" for t, a in zip(texts, answers, strict=True)]
-        paths = [q.image for q in queries if q.image is not None]
-        new_texts = [t for t in dict.fromkeys(texts) if t not in self._texts]
-        new_paths = [p for p in dict.fromkeys(paths) if p not in self._images]
-        encode_text = lambda part: self.model.encode_text(self.tokenizer(part))  # noqa: E731
-        self._add(self._texts, new_texts, encode_text, self._text_table)
-        self._add(self._images, new_paths, self._encode_images, self._image_table)
-        if len(self._text_table) > 1:
-            self._text_table[:] = [torch.cat(self._text_table)]
-        if len(self._image_table) > 1:
-            self._image_table[:] = [tuple(torch.cat(column) for column in zip(*self._image_table, strict=True))]
-        text = self._text_table[0][[self._texts[t] for t in texts]]
-        image = torch.tensor([self._images.get(q.image, -1) for q in queries])
-        if not self._image_table:  # text only so far
-            empty = text.new_zeros(1, 1, self.patch_dim)
-            return Features(text, image, text.new_zeros(1, self.dim), empty, text.new_zeros(1, 1, self.dim))
-        return Features(text, image, *self._image_table[0])
+        texts = side_texts(queries, answers)
+        paths = list(dict.fromkeys(q.image for q in queries if q.image is not None))
+        rows = self.texts(texts)
+        text = self.texts.columns[0][rows]
+        if not paths:
+            return Features(text, torch.full((len(texts),), -1), *self._blank())
+        rows = self.images(paths)
+        pooled, tokens = (column[rows] for column in self.images.columns)
+        place = {path: i for i, path in enumerate(paths)}
+        image = torch.tensor([place.get(q.image, -1) for q in queries])
+        return Features(text, image, pooled, tokens, tokens @ self.model.visual.proj)
+
+    def _blank(self) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.zeros(1, self.dim), torch.zeros(1, 1, self.patch_dim), torch.zeros(1, 1, self.dim)
+
+
+def side_texts(queries: Sequence[Query], answers: Sequence[str] | None) -> list[str]:
+    """The text of each pair: t for a query, "t_e y_e" for an edit (§3)."""
+    texts = [q.question for q in queries]
+    return texts if answers is None else [f"{t} {a}" for t, a in zip(texts, answers, strict=True)]
 
 
 class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
@@ -138,12 +132,15 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
         if fusion not in FUSIONS or similarity not in SIMILARITIES:
             raise ValueError(f"fusion must be one of {FUSIONS} and similarity one of {SIMILARITIES}")
         self.fusion, self.kind = fusion, similarity
+        self.dim = 2 * width if fusion == "dot_pooled" else width
         encoder = encoder or ClipEncoder(clip, pretrained)
         object.__setattr__(self, "encoder", encoder)  # frozen and shared: not part of the state
         d, d_v = encoder.dim, encoder.patch_dim
         self.no_image = nn.Parameter(torch.randn(d_v) * d_v**-0.5)  # stands for "there is no picture"
         self.temperature = nn.Parameter(torch.tensor(3.0))  # log; of the dot-product attention
-        inputs = {"text": d, "concat": 2 * d, "dot_pooled": d, "cross": d + d_v + d, "dot": d + d_v + d}[fusion]
+        inputs = {"text": d, "concat": 2 * d, "dot_pooled": d, "cross": d + d_v + d, "dot": d + d_v + d}[
+            fusion
+        ]
         self.head = nn.Sequential(
             nn.LayerNorm(inputs), nn.Linear(inputs, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
@@ -207,7 +204,4 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
 
     def fingerprint(self) -> str:
         """Identifies the trained weights: a memory written by one classifier is not read by another."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self)

@@ -66,5 +66,7 @@ def get_track(name: str | None = None) -> Track:
     """
     name = name or os.environ.get("MSCKE_TRACK") or "mini"
     if name not in TRACKS:
-        raise ValueError(f"no track {name!r}; MSCKE_TRACK or the notebook's `track` must be one of {sorted(TRACKS)}")
+        raise ValueError(
+            f"no track {name!r}; MSCKE_TRACK or the notebook's `track` must be one of {sorted(TRACKS)}"
+        )
     return TRACKS[name]

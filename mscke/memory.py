@@ -88,7 +88,9 @@ class EditMemory:
         if k == 0:
             empty = embeddings.new_empty(len(embeddings), 0)
             return empty, empty.long()
-        squared = self._matrix.square().sum(-1) - 2 * embeddings @ self._matrix.T  # + ‖query‖², the same in a row
+        squared = (
+            self._matrix.square().sum(-1) - 2 * embeddings @ self._matrix.T
+        )  # + ‖query‖², the same in a row
         _, rows = squared.topk(k, largest=False)
         exact = (embeddings.unsqueeze(1) - self._matrix[rows]).square().sum(-1)
         return exact, self.ids[rows]

@@ -26,7 +26,9 @@ AS_RELEASED = (0.5, 0.5, 0.0, 0.0, 1.0)  # SERAC's: the edit and its rephrasing 
 
 def encode_records(classifier: ScopeClassifier, records: Sequence[EditRecord]) -> tuple[Features, Features]:
     """Frozen features of the edits (R) and of their queries (5 R, record by record)."""
-    edits = classifier.encoder([Query(r.edit.prompt, r.edit.image) for r in records], [r.edit.answer for r in records])
+    edits = classifier.encoder(
+        [Query(r.edit.prompt, r.edit.image) for r in records], [r.edit.answer for r in records]
+    )
     queries = classifier.encoder([r.queries[role] for r in records for role in ROLES])
     return edits, queries
 
@@ -81,7 +83,9 @@ def train_classifier(
     def evaluate() -> dict[str, float]:
         value, logits = scope_loss(classifier, *held, weights, others=0.0)
         right = ((logits >= 0) == torch.tensor(IN_ROLES)).float().mean(0)
-        return {"validation_loss": float(value)} | {f"right_{r}": float(v) for r, v in zip(ROLES, right, strict=True)}
+        return {"validation_loss": float(value)} | {
+            f"right_{r}": float(v) for r, v in zip(ROLES, right, strict=True)
+        }
 
     return _fit(classifier, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed)
 
@@ -160,7 +164,10 @@ def _fit(
         rows.append({"epoch": epoch + 1, "loss": total / n} | evaluate())
         bar.set_postfix({k: round(v, 3) for k, v in rows[-1].items()})
         _replace(weights, lambda p: save_file({k: v.contiguous() for k, v in _unshared(model).items()}, p))
-        _replace(state, lambda p: torch.save({"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}, p))
+        _replace(
+            state,
+            lambda p: torch.save({"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}, p),
+        )
         _replace(curve, lambda p: pd.DataFrame(rows).to_csv(p, index=False))
     bar.close()
     return pd.DataFrame(rows)

@@ -22,7 +22,15 @@ from tqdm.auto import tqdm
 from mscke.benchmark.facts import locality_facts
 from mscke.benchmark.questions import Question, Reference, in_scope, references
 from mscke.benchmark.scenes import (
-    CATEGORIES, HELD_OUT, KINDS, KNOWN, RECORD_FOLD, Entity, Scene, render, sample_scene_of,
+    CATEGORIES,
+    HELD_OUT,
+    KINDS,
+    KNOWN,
+    RECORD_FOLD,
+    Entity,
+    Scene,
+    render,
+    sample_scene_of,
 )  # fmt: skip
 
 SIZES = {"train": 8334, "test": 2778}
@@ -39,15 +47,21 @@ def _choice(rng: np.random.Generator, options):
     """One of ``options``: a sequence (uniform) or a dict of weights."""
     if isinstance(options, dict):
         weights = np.fromiter(options.values(), float)
-        return list(options)[int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right"))]
+        return list(options)[
+            int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right"))
+        ]
     return options[int(rng.integers(len(options)))]
 
 
-def _refer(rng: np.random.Generator, scene: Scene, entity: Entity, avoid: Reference | None) -> Reference | None:
+def _refer(
+    rng: np.random.Generator, scene: Scene, entity: Entity, avoid: Reference | None
+) -> Reference | None:
     """A reference to ``entity`` of another kind than ``avoid`` (or by another neighbour)."""
     found = references(scene, entity, ("colour", "place", "relation"))
     if avoid is not None:
-        found = [r for r in found if r.kind != avoid.kind or (r.kind == "relation" and r.anchor != avoid.anchor)]
+        found = [
+            r for r in found if r.kind != avoid.kind or (r.kind == "relation" and r.anchor != avoid.anchor)
+        ]
     weights = {k: w for k, w in EDIT_REFERENCES.items() if any(r.kind == k for r in found)}
     if not weights:
         return None
@@ -62,11 +76,15 @@ def _ask(rng, before: Scene, after: Scene, entity: Entity, avoid: Reference, ins
     if attribute == "exists":
         there = [e.kind for e in before.entities if e.kind is not None]
         absent = [k for k in KNOWN if k not in there]
-        value = (entity.kind or edited) if rng.random() < 0.6 else (edited if inside else _choice(rng, absent))
+        value = (
+            (entity.kind or edited) if rng.random() < 0.6 else (edited if inside else _choice(rng, absent))
+        )
         return Question("exists", value=value, wording=wording)
     if attribute == "count":
         kinds = [entity.kind or edited, edited] if inside else [entity.kind]
-        value = KINDS[_choice(rng, kinds)].category if rng.random() < 0.7 or inside else _choice(rng, CATEGORIES)
+        value = (
+            KINDS[_choice(rng, kinds)].category if rng.random() < 0.7 or inside else _choice(rng, CATEGORIES)
+        )
         return Question("count", value=value, wording=wording)
     reference = _refer(rng, before, entity, avoid)
     return reference and Question(attribute, reference, wording=wording)
@@ -110,14 +128,19 @@ def build_record(rng: np.random.Generator, split: str, facts: list[tuple[str, st
             outside = Question("name", _choice(rng, alike), wording=wording) if alike else None
         elif hardness == "other_attribute":
             attribute = _choice(rng, [a for a in ("colour", "place") if a != reference.kind])
-            found = [r for r in references(before, target, ("colour", "place", "relation")) if r.kind != attribute]
+            found = [
+                r for r in references(before, target, ("colour", "place", "relation")) if r.kind != attribute
+            ]
             outside = Question(attribute, _choice(rng, found), wording=int(rng.integers(6)))
         else:
             outside = _ask(rng, before, after, _choice(rng, others), reference, False)
         if not inside or not outside:
             continue
         cell = target.cell
-        if in_scope(inside, before, after, cell) is not True or in_scope(outside, before, after, cell) is not False:
+        if (
+            in_scope(inside, before, after, cell) is not True
+            or in_scope(outside, before, after, cell) is not False
+        ):
             continue
         loc, loc_ans = _choice(rng, facts)
         return scene, {

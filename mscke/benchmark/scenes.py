@@ -120,9 +120,7 @@ def neighbours(cell: int) -> dict[str, int]:
 N_VARIANTS = 24
 
 
-def sample_scene(
-    rng: np.random.Generator, kinds: tuple[str, ...] = KNOWN, n: int | None = None
-) -> Scene:
+def sample_scene(rng: np.random.Generator, kinds: tuple[str, ...] = KNOWN, n: int | None = None) -> Scene:
     """Draw a scene of 2–4 entities of distinct kinds on distinct cards.
 
     Two in three new entities are put next to one already there, so that relations occur.
@@ -163,7 +161,9 @@ def _drawing(kind: str) -> np.ndarray:
     import resvg_py
     from PIL import Image
 
-    png = bytes(resvg_py.svg_to_bytes(svg_path=_svg(KINDS[kind].emoji), width=72, height=72, skip_system_fonts=True))
+    png = bytes(
+        resvg_py.svg_to_bytes(svg_path=_svg(KINDS[kind].emoji), width=72, height=72, skip_system_fonts=True)
+    )
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     image = image.crop(image.getbbox())
     side = max(image.size)

@@ -22,7 +22,9 @@ class EditedModel(Protocol):
     def answer(self, queries: Sequence[Query], among: Tensor | None = None) -> list[str]:
         """Greedy answers (B), normalised."""
 
-    def force(self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None) -> list[Forced]:
+    def force(
+        self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None
+    ) -> list[Forced]:
         """Teacher-forced predictions of the answers' tokens (B)."""
 
 

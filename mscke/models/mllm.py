@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerBase
 
 from mscke.benchmark.sample import Query, open_image
+from mscke.models.features import FeatureTable, fingerprint
 
 TEMPLATE = "Question: {} Short answer:"
 IN_CONTEXT = "New Fact: {} {}\nPrompt: "
@@ -31,7 +31,9 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 def load_pixels(paths: Sequence[str], size: int) -> Tensor:
     """Images as BLIP-2 reads them: resized to ``size``², normalised; float32 (B, 3, size, size)."""
     images = [open_image(p) for p in paths]
-    images = [i if i.size == (size, size) else i.resize((size, size), Image.Resampling.BICUBIC) for i in images]
+    images = [
+        i if i.size == (size, size) else i.resize((size, size), Image.Resampling.BICUBIC) for i in images
+    ]
     pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
@@ -89,6 +91,10 @@ class PromptEncoder:
         prefix = self._image_prefix if has_image else self._text_prefix
         return prefix + (self._ids(context) if context else []) + self.tokens(TEMPLATE.format(question))
 
+    def prefix_length(self, has_image: bool) -> int:
+        """How many tokens (visual ones included) precede the text."""
+        return len(self._image_prefix if has_image else self._text_prefix)
+
     def answer(self, text: str, eos: bool = True) -> list[int]:
         """Ids of " answer" (the template's leading space), closed by the end token."""
         return self.tokens(" " + text) + ([self.eos_id] if eos else [])
@@ -132,7 +138,10 @@ def normalise_answer(text: str) -> str:
 
 @torch.inference_mode()
 def generate(
-    language_model: nn.Module, encoder: PromptEncoder, prompts: list[list[int]], visual: Tensor | None,
+    language_model: nn.Module,
+    encoder: PromptEncoder,
+    prompts: list[list[int]],
+    visual: Tensor | None,
     max_new_tokens: int = 6,
 ) -> list[str]:
     """Greedy answers. ``visual`` (V, n, d): one entry for each prompt with placeholders, in order."""
@@ -159,45 +168,27 @@ class Forced:
 
 @torch.inference_mode()
 def teacher_force(
-    language_model: nn.Module, encoder: PromptEncoder, prompts: list[list[int]], answers: list[list[int]],
-    visual: Tensor | None, k: int = 10,
+    language_model: nn.Module,
+    encoder: PromptEncoder,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    visual: Tensor | None,
+    k: int = 10,
 ) -> list[Forced]:
     """Predict every token given the gold ones before it (the paper's protocol)."""
     batch = encoder.collate(prompts, answers)
     device = next(language_model.parameters()).device
     ids, mask = batch.ids.to(device), batch.mask.to(device)
     logits = language_model(
-        inputs_embeds=embed(language_model, ids, encoder.image_id, visual), attention_mask=mask, use_cache=False
+        inputs_embeds=embed(language_model, ids, encoder.image_id, visual),
+        attention_mask=mask,
+        use_cache=False,
     ).logits
     top = logits.topk(k, -1).indices.cpu().numpy().astype(np.int32)
     labels, lengths = batch.labels.numpy(), batch.mask.sum(1).tolist()
     return [
         Forced(t[row >= 0, 0] == row[row >= 0], t[:n]) for t, row, n in zip(top, labels, lengths, strict=True)
     ]
-
-
-class ImageFeatures:
-    """Q-Former features of images, computed once an image and kept: path -> (n, d_q) float32.
-
-    ``compute`` maps a list of image paths to (B, n, d_q). The features are frozen, so every editor
-    and every question of an image shares them.
-    """
-
-    def __init__(self, compute, batch_size: int = 256):
-        self.compute, self.batch_size = compute, batch_size
-        self.rows: dict[str, int] = {}
-        self.table: Tensor | None = None
-
-    def __call__(self, paths: Sequence[str]) -> Tensor:
-        new = [p for p in dict.fromkeys(paths) if p not in self.rows]
-        parts = [] if self.table is None else [self.table]
-        for i in tqdm(range(0, len(new), self.batch_size), desc="images", leave=False, disable=len(new) < 1000):
-            parts.append(self.compute(new[i : i + self.batch_size]).float().cpu())
-        if new:
-            for path in new:
-                self.rows[path] = len(self.rows)
-            self.table = torch.cat(parts)
-        return self.table[[self.rows[p] for p in paths]]
 
 
 def in_batches(n: int, size: int) -> list[slice]:
@@ -211,29 +202,43 @@ class MLLM:
     was asked before. ``with_context`` prepends text (an in-context edit) to a question.
     """
 
-    def __init__(self, model: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, name: str):
+    def __init__(
+        self, model: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, name: str, cache=None
+    ):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         prompt = FORMATS[model.config.text_config.model_type]
         self.encoder = PromptEncoder(tokenizer, prompt, model.config.num_query_tokens)
-        self.features = ImageFeatures(self._look)
+        self.images = FeatureTable(self._look, cache and cache / f"qformer-{self._eyes()}.safetensors")
         self._answers: dict[Query, str] = {}
         self._forced: dict[tuple[Query, str], Forced] = {}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, name: str, **kwargs) -> MLLM:
-        """Load a model saved in transformers' own format (safetensors only)."""
-        model = Blip2ForConditionalGeneration.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, dtype=kwargs.pop("dtype", torch.float32), **kwargs
-        )
-        return cls(model, AutoTokenizer.from_pretrained(folder), name)
+    def from_pretrained(cls, folder: str | Path, name: str, cache: Path | None = None, **kwargs) -> MLLM:
+        """Load a model saved in transformers' own format (safetensors only).
 
-    @torch.inference_mode()
-    def _look(self, paths: Sequence[str]) -> Tensor:
+        ``cache``: a folder in which the images' features survive the process.
+        """
+        kwargs = {"dtype": torch.float32} | kwargs
+        model = Blip2ForConditionalGeneration.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, **kwargs
+        )
+        return cls(model, AutoTokenizer.from_pretrained(folder), name, cache)
+
+    def _eyes(self) -> str:
+        """Names the weights that see: two models on one vision tower and Q-Former share features."""
+        return fingerprint(self.model.vision_model)[:8] + fingerprint(self.model.qformer)[:8]
+
+    def features(self, paths: Sequence[str]) -> Tensor:
+        """Q-Former features (B, n, d_q) of images, computed once an image."""
+        rows = self.images(paths)
+        return self.images.columns[0][rows]
+
+    def _look(self, paths: list[str]) -> tuple[Tensor]:
         size = self.model.config.vision_config.image_size
         pixels = load_pixels(paths, size).to(self.model.device, self.model.dtype)
         states = self.model.vision_model(pixel_values=pixels).last_hidden_state
         tokens = self.model.query_tokens.expand(len(paths), -1, -1)
-        return self.model.qformer(query_embeds=tokens, encoder_hidden_states=states)[0]
+        return (self.model.qformer(query_embeds=tokens, encoder_hidden_states=states)[0],)
 
     def see(self, queries: Sequence[Query]) -> Tensor | None:
         """Visual tokens (V, n, d) of the queries that have an image, in order."""
@@ -247,7 +252,8 @@ class MLLM:
     def prompts(self, queries: Sequence[Query], contexts: Sequence[str] | None = None) -> list[list[int]]:
         contexts = contexts or [""] * len(queries)
         return [
-            self.encoder.prompt(q.question, q.image is not None, c) for q, c in zip(queries, contexts, strict=True)
+            self.encoder.prompt(q.question, q.image is not None, c)
+            for q, c in zip(queries, contexts, strict=True)
         ]
 
     def answer(self, queries: Sequence[Query], batch_size: int = 512) -> list[str]:

@@ -1,54 +1,146 @@
-"""``python -m mscke.models.pretrain [stage …]``: pretrain the mini models, stage by stage, resumably."""
+"""``python -m mscke.models.pretrain [stage …]``: pretrain the mini models, stage by stage, resumably.
+
+Stages, in order: ``vision`` (patches name what lies under them), ``opt`` and ``llama`` (language before
+pixels), ``blip2`` and ``minigpt4`` (Q-Former and projection by distillation, then joint training),
+``clip-mini-b`` and ``clip-mini-l``, ``card``. Each writes its curve as CSV beside the weights.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import nn
 from transformers import Blip2VisionModel, LlamaForCausalLM, OPTForCausalLM
 
-from mscke.models.mllm import BLIP2_FORMAT, MINIGPT4_FORMAT, PromptEncoder
-from mscke.models.pretrain import bridge, clip, language, text, vision
+from mscke.config import ASSETS, ROOT
+from mscke.models.mllm import FORMATS, PromptEncoder
+from mscke.models.pretrain import bridge, card, clip, language, text, vision
 
-WORK = Path("outputs/pretrain")
-STEPS = {"opt": 4500, "llama": 4500, "vision": 2000, "clip-mini-b": 1600, "clip-mini-l": 1600}
+WORK = ROOT / "outputs" / "pretrain"
+STEPS = {
+    "vision": 2000, "opt": 4500, "llama": 4500, "clip-mini-b": 900, "clip-mini-l": 900,
+    "blip2-distil": 1200, "blip2-join": 1500, "minigpt4-distil": 400, "minigpt4-join": 1500,
+}  # fmt: skip
 DENSE_STEPS = 500
+SEEDS = {name: i for i, name in enumerate(["opt", "llama", "vision", "clip-mini-b", "clip-mini-l", "blip2", "minigpt4"])}
 
 
-def run_language(family: str) -> None:
-    torch.manual_seed({"opt": 0, "llama": 1}[family])
+def language_model(family: str) -> nn.Module:
     tokenizer = text.build_tokenizer()
     if family == "opt":
-        model, prompt = OPTForCausalLM(language.opt_config(tokenizer)), BLIP2_FORMAT
-    else:
-        model, prompt = LlamaForCausalLM(language.llama_config(tokenizer)), MINIGPT4_FORMAT
-    encoder = PromptEncoder(tokenizer, prompt, language.N_CELLS)
-    language.pretrain_language(model, encoder, tokenizer, family, STEPS[family], WORK)
+        return OPTForCausalLM(language.opt_config(tokenizer))
+    return LlamaForCausalLM(language.llama_config(tokenizer))
+
+
+def encoder(family: str) -> PromptEncoder:
+    return PromptEncoder(text.build_tokenizer(), FORMATS[family], language.N_CELLS)
+
+
+def stage_state(name: str) -> dict[str, dict]:
+    """Weights of a finished stage. Raises FileNotFoundError naming the command that makes them."""
+    path = WORK / f"{name}.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run `python -m mscke.models.pretrain {name}` first")
+    return torch.load(path, weights_only=True)["modules"]
 
 
 def run_vision() -> None:
-    torch.manual_seed(2)
+    torch.manual_seed(SEEDS["vision"])
     tower = Blip2VisionModel(bridge.vision_config())
-    vision.pretrain_vision(
-        tower, lambda x: tower(pixel_values=x).last_hidden_state[:, 1:], 160, 16, "vision", STEPS["vision"], WORK
-    )
+    look = lambda x: tower(pixel_values=x).last_hidden_state[:, 1:]  # noqa: E731
+    vision.pretrain_vision(tower, look, bridge.VISION_WIDTH, 16, "vision", STEPS["vision"], WORK)
+
+
+def run_language(family: str) -> None:
+    torch.manual_seed(SEEDS[family])
+    tokenizer = text.build_tokenizer()
+    language.pretrain_language(language_model(family), encoder(family), tokenizer, family, STEPS[family], WORK)
+
+
+def symbolic(family: str) -> tuple[nn.Module, nn.Module]:
+    """The text model of a finished language stage and its symbolic tokens."""
+    model, state = language_model(family), stage_state(family)
+    symbols = language.SymbolicTokens(model, text.build_tokenizer(), language.WIDTH)
+    model.load_state_dict(state["language_model"])
+    symbols.load_state_dict(state["symbols"])
+    return model, symbols
+
+
+def run_blip2() -> None:
+    """BLIP-2-mini: a new Q-Former between the pretrained vision tower and OPT."""
+    torch.manual_seed(SEEDS["blip2"])
+    tokenizer = text.build_tokenizer()
+    tower = Blip2VisionModel(bridge.vision_config())
+    tower.load_state_dict(stage_state("vision")["tower"])
+    lm, symbols = symbolic("opt")
+    model = bridge.assemble(tower, lm, tokenizer)
+    bridge.distil(model, symbols, "blip2-distil", STEPS["blip2-distil"], WORK, SEEDS["blip2"])
+    bridge.join(model, encoder("opt"), "blip2-join", STEPS["blip2-join"], WORK, SEEDS["blip2"])
+    save(model, "blip2-mini")
+
+
+def run_minigpt4() -> None:
+    """MiniGPT-4-mini: BLIP-2-mini's vision tower and Q-Former, frozen; a projection of its own; Llama."""
+    torch.manual_seed(SEEDS["minigpt4"])
+    blip2 = bridge.assemble(Blip2VisionModel(bridge.vision_config()), language_model("opt"), text.build_tokenizer())
+    blip2.load_state_dict(stage_state("blip2-join")["model"])
+    lm, symbols = symbolic("llama")
+    model = bridge.assemble(blip2.vision_model, lm, text.build_tokenizer())
+    model.qformer.load_state_dict(blip2.qformer.state_dict())
+    model.query_tokens.data.copy_(blip2.query_tokens)
+    steps, seed = STEPS["minigpt4-distil"], SEEDS["minigpt4"]
+    bridge.distil(model, symbols, "minigpt4-distil", steps, WORK, seed, qformer=False)
+    bridge.join(model, encoder("llama"), "minigpt4-join", STEPS["minigpt4-join"], WORK, seed, qformer=False)
+    save(model, "minigpt4-mini")
+
+
+def save(model: nn.Module, name: str) -> None:
+    """Write a Blip2ForConditionalGeneration in half precision, with its tokenizer, in Hugging Face form."""
+    model.half().save_pretrained(ASSETS / name)
+    text.build_tokenizer().save_pretrained(ASSETS / name)
 
 
 def run_clip(name: str) -> None:
-    clip.pretrain_clip(name, WORK / name, WORK, DENSE_STEPS, STEPS[name], seed=3 + list(clip.SIZES).index(name))
+    folder = ASSETS / name
+    model = clip.pretrain_clip(name, folder, WORK, DENSE_STEPS, STEPS[name], SEEDS[name])
+    weights = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+
+
+def run_card() -> None:
+    """Copy the curves beside the weights, measure what the models can do, write the model card."""
+    (ASSETS / "curves").mkdir(exist_ok=True)
+    for path in sorted(WORK.glob("*.csv")):
+        shutil.copy(path, ASSETS / "curves" / path.name)
+    measured = card.measure(ASSETS)
+    (ASSETS / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+    (ASSETS / "README.md").write_text(card.render(measured, ASSETS / "curves"))
+
+
+RUN = {
+    "vision": run_vision, "opt": lambda: run_language("opt"), "blip2": run_blip2,
+    "llama": lambda: run_language("llama"), "minigpt4": run_minigpt4,
+    "clip-mini-b": lambda: run_clip("clip-mini-b"), "clip-mini-l": lambda: run_clip("clip-mini-l"),
+    "card": run_card,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mscke.models.pretrain", description=__doc__)
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"one of {', '.join(RUN)}; all by default")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.stages) - set(RUN):
+        parser.error(f"unknown stage {sorted(unknown)}; choose from {', '.join(RUN)}")
+    torch.set_num_threads(arguments.threads)
+    for stage in arguments.stages or RUN:
+        RUN[stage]()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="*", default=["opt", "llama"])
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    for stage in arguments.stages:
-        if stage == "vision":
-            run_vision()
-        elif stage.startswith("clip"):
-            run_clip(stage)
-        else:
-            run_language(stage)
+    main()

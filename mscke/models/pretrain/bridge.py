@@ -71,7 +71,9 @@ def freeze(model: Blip2ForConditionalGeneration, qformer: bool) -> None:
         model.query_tokens.requires_grad_(False)
 
 
-def distil(model, symbols: nn.Module, name: str, steps: int, folder: Path, seed: int, qformer: bool = True) -> None:
+def distil(
+    model, symbols: nn.Module, name: str, steps: int, folder: Path, seed: int, qformer: bool = True
+) -> None:
     """Regress the projected queries onto ``symbols(scene)``: squared error over the targets' variance."""
     look = looker(model)
     freeze(model, qformer=not qformer)

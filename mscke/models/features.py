@@ -1,0 +1,72 @@
+"""What is frozen is computed once: a table of features by key, in memory and, if asked, on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Sixteen hex digits that name a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class FeatureTable:
+    """Rows of features by key (an image path or a text), computed in batches when first asked for.
+
+    ``compute`` maps a list of keys to a tuple of tensors, each (B, …). With a ``path`` the table is
+    read from that safetensors file if it is there, and written back whenever it has grown.
+    """
+
+    def __init__(
+        self, compute: Callable[[list[str]], tuple[Tensor, ...]], path: Path | None = None, batch_size=256
+    ):
+        self.compute, self.path, self.batch_size = compute, path, batch_size
+        self.rows: dict[str, int] = {}
+        self.columns: tuple[Tensor, ...] = ()
+        if path is not None and path.exists():
+            try:
+                with safe_open(path, "pt") as file:
+                    keys = json.loads(file.metadata()["keys"])
+                    self.columns = tuple(file.get_tensor(name) for name in sorted(file.keys()))
+            except SafetensorError:  # cut off by a crash: compute it again
+                path.unlink()
+            else:
+                self.rows = {key: i for i, key in enumerate(keys)}
+
+    @torch.inference_mode()
+    def __call__(self, keys: Sequence[str]) -> Tensor:
+        """Row numbers (B,) of ``keys`` in :attr:`columns`, after computing those not there yet."""
+        new = [key for key in dict.fromkeys(keys) if key not in self.rows]
+        new.sort(key=len)  # texts of one length share a batch; the order of rows is of no consequence
+        parts = [self.columns] if self.columns else []
+        starts = range(0, len(new), self.batch_size)
+        for i in tqdm(starts, desc="encoding", leave=False, disable=len(new) < 2000 or None):
+            found = self.compute(new[i : i + self.batch_size])
+            parts.append(tuple(column.float().cpu() for column in found))
+        if new:
+            self.columns = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+            self.rows.update({key: len(self.rows) + i for i, key in enumerate(new)})
+            self._save()
+        return torch.tensor([self.rows[key] for key in keys], dtype=torch.long)
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        columns = {f"{i:02d}": column.contiguous() for i, column in enumerate(self.columns)}
+        save_file(columns, temporary, metadata={"keys": json.dumps(list(self.rows))})
+        os.replace(temporary, self.path)
