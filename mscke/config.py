@@ -36,6 +36,16 @@ class Track:
         return ROOT / "outputs" / self.name
 
     @property
+    def features(self) -> Path:
+        """Features of what is frozen, kept between processes."""
+        return self.outputs / "features"
+
+    @property
+    def published(self) -> Path:
+        """Trained weights: those of the committed results for ``mini``, beside the outputs otherwise."""
+        return ASSETS / "trained" if self.name == "mini" else self.outputs / "published"
+
+    @property
     def figures(self) -> Path:
         """Figures and tables: the committed ones for ``mini``, beside the outputs otherwise."""
         return ROOT / "figures" if self.name == "mini" else self.outputs / "figures"
