@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from mscke.benchmark.sample import EditRecord, Query
 from mscke.classifier import Features, ScopeClassifier

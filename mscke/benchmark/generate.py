@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from mscke.benchmark.facts import locality_facts
 from mscke.benchmark.questions import Question, Reference, in_scope, references
@@ -96,7 +96,7 @@ def _hardness(question: Question) -> str:
     return "other_reference" if question.attribute == "name" else "derived"
 
 
-def build_record(rng: np.random.Generator, split: str, facts: list[tuple[str, str]]) -> tuple[Scene, dict]:
+def build_record(rng: np.random.Generator, facts: list[tuple[str, str]]) -> tuple[Scene, dict]:
     """Draw one record: (the scene to paint, FGVEdit's keys without ``image``, plus ``meta``)."""
     while True:
         scene = sample_scene_of(rng, RECORD_FOLD)
@@ -162,28 +162,36 @@ def _kind(question: Question) -> str:
     return question.reference.kind if question.reference else "none"
 
 
+def record(split: str, number: int, seed: int = 0) -> tuple[Scene, dict]:
+    """The ``number``-th record of ``split``, counted from 0: (the scene to paint, its JSON object)."""
+    rng, facts = np.random.default_rng([seed, sorted(SIZES).index(split), number]), locality_facts(split)
+    while True:
+        scene, row = build_record(rng, facts)
+        if side(scene) == split:
+            return scene, {"image": f"{split}/{number:06d}.png"} | row
+
+
 def generate(root: Path, split: str, size: int, seed: int = 0) -> Path:
     """Write ``root/<split>_data.json`` and its images; return the JSON's path.
 
     The same seed gives the same bytes, and a smaller ``size`` the same first records. The JSON is
-    written last, so its presence means that every image is there.
+    written last, so its presence means that every image is there; what is there already is kept
+    when its length and last record are those of ``size`` and ``seed``.
     """
     path = root / f"{split}_data.json"
-    if path.exists() and len(json.loads(path.read_text())) == size:
-        return path
+    if path.exists():
+        there, last = json.loads(path.read_text()), json.dumps(record(split, size - 1, seed)[1])
+        if len(there) == size and there[-1] == json.loads(last):
+            return path
+        path.unlink()  # its images are about to be replaced
     (root / split).mkdir(parents=True, exist_ok=True)
-    facts, records = locality_facts(split), []
-    for i in tqdm(range(size), desc=f"{split} scenes", mininterval=2):
-        rng = np.random.default_rng([seed, sorted(SIZES).index(split), i])
-        while True:
-            scene, record = build_record(rng, split, facts)
-            if side(scene) == split:
-                break
-        name = f"{split}/{i:06d}.png"
-        Image.fromarray(render(scene)).save(root / name, compress_level=1)
-        records.append({"image": name} | record)
+    rows = []
+    for number in tqdm(range(size), desc=f"{split} scenes", mininterval=2):
+        scene, row = record(split, number, seed)
+        Image.fromarray(render(scene)).save(root / row["image"], compress_level=1)
+        rows.append(row)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(records, indent=1))
+    temporary.write_text(json.dumps(rows, indent=1))
     os.replace(temporary, path)
     return path
 
