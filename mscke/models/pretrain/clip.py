@@ -25,9 +25,10 @@ from mscke.models.pretrain.text import build_tokenizer
 from mscke.models.pretrain.vision import MEAN, STD, cells_of_patches, pixels, pretrain_vision
 
 PATCH = 16
-SIZES = {  # width, vision layers, text layers
+TEXT_WIDTH = 128
+SIZES = {  # vision width, vision layers, text layers
     "clip-mini-b": (128, 4, 3),
-    "clip-mini-l": (192, 5, 4),
+    "clip-mini-l": (192, 5, 3),
 }
 
 
@@ -45,7 +46,7 @@ def write_config(folder: Path, name: str) -> None:
                 "patch_size": PATCH, "output_tokens": True,
             },
             "text_cfg": {
-                "context_length": 24, "vocab_size": len(tokenizer), "width": width, "heads": 4,
+                "context_length": 24, "vocab_size": len(tokenizer), "width": TEXT_WIDTH, "heads": 4,
                 "layers": text_layers, "hf_tokenizer_name": name, "pool_type": "eos",
                 "eos_id": eos, "pad_id": pad,
             },
@@ -96,8 +97,10 @@ def fits(reference: Reference, scene: Scene) -> bool:
 
 def encode(model, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(text (T, d), pooled image (B, d), patches (B, P, d)), unnormalised, in the joint space."""
-    pooled, patches = model.visual(images)
-    return model.encode_text(tokens), pooled, patches @ model.visual.proj
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled, patches = model.visual(images)
+        encoded = model.encode_text(tokens), pooled, patches @ model.visual.proj
+    return tuple(e.float() for e in encoded)
 
 
 def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: int, seed: int):
