@@ -184,7 +184,7 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
         """log ρ/(1−ρ) from squared distances of any shape."""
         if self.kind == "logistic":
             return self.scale.exp() * (self.margin - distance)
-        distance = distance.clamp(1e-6, 80.0)  # float32: beyond, ρ is 0 and log ρ − log(1−ρ) = −d²
+        distance = distance.clamp(min=1e-6)
         return -distance - torch.log(-torch.expm1(-distance))
 
     @torch.inference_mode()
@@ -200,7 +200,7 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
     @torch.inference_mode()
     def score(self, distance: Tensor) -> Tensor:
         """ρ from squared distances, as :class:`mscke.memory.EditMemory` returns them."""
-        return self.logit(distance).sigmoid()
+        return self.logit(distance).clamp(-80, 15).sigmoid()  # beyond, float32 knows only 0 and 1
 
     def fingerprint(self) -> str:
         """Identifies the trained weights: a memory written by one classifier is not read by another."""
