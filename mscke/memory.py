@@ -34,7 +34,13 @@ class EditMemory:
         return len(self._ids)
 
     def __getitem__(self, edit_id: int) -> Edit:
+        self._require([edit_id])
         return self._edits[edit_id]
+
+    def _require(self, ids: Iterable[int]) -> None:
+        """Raise KeyError, with their numbers, for ids that are not in memory."""
+        if missing := set(ids) - self._edits.keys():
+            raise KeyError(f"no edit with id {sorted(missing)} in memory")
 
     @property
     def ids(self) -> Tensor:
@@ -68,8 +74,7 @@ class EditMemory:
     def remove(self, ids: Iterable[int]) -> None:
         """Forget edits. Raises KeyError for an id that is not there; nothing is removed then."""
         gone = set(ids)
-        if missing := gone - set(self._ids):
-            raise KeyError(f"no edit with id {sorted(missing)} in memory")
+        self._require(gone)
         keep = [i for i, edit_id in enumerate(self._ids) if edit_id not in gone]
         self._matrix = self._matrix[keep]
         self._ids = [self._ids[i] for i in keep]
@@ -77,7 +82,8 @@ class EditMemory:
             del self._edits[edit_id]
 
     def distances(self, embeddings: Tensor, among: Tensor) -> Tensor:
-        """Squared distance (B,) of each query to the one edit ``among`` names for it."""
+        """Squared distance (B,) of each query to the one edit ``among`` names for it (KeyError if none)."""
+        self._require(among.tolist())
         place = {edit_id: i for i, edit_id in enumerate(self._ids)}
         rows = [place[i] for i in among.tolist()]
         return (embeddings - self._matrix[rows]).square().sum(-1)
