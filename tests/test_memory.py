@@ -1,0 +1,175 @@
+"""The edit memory against a dictionary searched by brute force; what it refuses; its file."""
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from mscke import memory as module
+from mscke.benchmark.sample import Edit
+from mscke.memory import EditMemory
+
+DIM = 3
+VECTORS = st.lists(st.lists(st.integers(-20, 20), min_size=DIM, max_size=DIM), min_size=1, max_size=4)
+
+
+def edits(n, start=0):
+    return [Edit(f"/{start + i}.png", f"Who is № {start + i}?", f"é{start + i}") for i in range(n)]
+
+
+def filled(n=6, dim=DIM, fingerprint="abc"):
+    torch.manual_seed(0)
+    memory = EditMemory(dim, fingerprint)
+    memory.add(edits(n), torch.randn(n, dim))
+    return memory
+
+
+def same(a, b):
+    assert (a.dim, a.fingerprint, a._next) == (b.dim, b.fingerprint, b._next)
+    assert torch.equal(a.ids, b.ids) and torch.equal(a.embeddings, b.embeddings)
+    assert [a[i] for i in a.ids.tolist()] == [b[i] for i in b.ids.tolist()]
+
+
+class MemoryMachine(RuleBasedStateMachine):
+    """Adds, removes and looks up as a dictionary of (edit, vector) would."""
+
+    ids = Bundle("ids")
+
+    def __init__(self):
+        super().__init__()
+        self.memory, self.model, self.given = EditMemory(DIM), {}, 0
+
+    @rule(target=ids, vectors=VECTORS)
+    def add(self, vectors):
+        stored = edits(len(vectors), self.given)
+        new = self.memory.add(stored, torch.tensor(vectors, dtype=torch.float32))
+        assert new == list(range(self.given, self.given + len(vectors)))  # never given before
+        self.given += len(vectors)
+        self.model |= dict(zip(new, zip(stored, vectors, strict=True), strict=True))
+        return multiple(*new)
+
+    @rule(edit_id=consumes(ids))
+    def remove(self, edit_id):
+        self.memory.remove([edit_id])
+        del self.model[edit_id]
+
+    @rule(edit_id=ids)
+    def remove_with_one_that_is_not_there(self, edit_id):
+        with pytest.raises(KeyError, match=f"{self.given}"):
+            self.memory.remove([edit_id, self.given])
+
+    @rule(queries=VECTORS, k=st.integers(1, 5))
+    def nearest(self, queries, k):
+        distances, found = self.memory.nearest(torch.tensor(queries, dtype=torch.float32), k)
+        assert distances.shape == found.shape == (len(queries), min(k, len(self.model)))
+        for query, row, ids in zip(queries, distances.tolist(), found.tolist(), strict=True):
+            exact = {i: sum((a - b) ** 2 for a, b in zip(query, v, strict=True)) for i, (_, v) in self.model.items()}
+            assert row == sorted(exact.values())[:k]
+            assert row == [exact[i] for i in ids] and len(set(ids)) == len(ids)
+
+    @invariant()
+    def agree(self):
+        assert len(self.memory) == len(self.model) and self.memory.ids.tolist() == list(self.model)
+        for i, (edit, vector) in self.model.items():
+            assert self.memory[i] == edit
+            assert self.memory.embeddings[list(self.model).index(i)].tolist() == vector
+
+
+MemoryMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+TestMemoryMachine = MemoryMachine.TestCase
+
+
+def test_nearest_is_the_argmin_of_the_distances():
+    memory, queries = filled(50, dim=16), torch.randn(30, 16)
+    distances, ids = memory.nearest(queries, 3)
+    exact = torch.cdist(queries.double(), memory.embeddings.double()).square()
+    values, rows = exact.topk(3, largest=False)
+    assert torch.equal(ids, memory.ids[rows])
+    torch.testing.assert_close(distances.double(), values, rtol=1e-5, atol=1e-5)
+    own = torch.arange(30)
+    torch.testing.assert_close(
+        memory.distances(queries, own).double(), exact[own, own], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_an_empty_memory_finds_nothing():
+    distances, ids = EditMemory(DIM).nearest(torch.zeros(4, DIM))
+    assert distances.shape == ids.shape == (4, 0)
+
+
+@pytest.mark.parametrize("removed", [[], [0, 3, 5], [0, 1, 2, 3, 4, 5]])
+def test_save_and_open(tmp_path, removed):
+    memory = filled()
+    memory.remove(removed)
+    memory.save(tmp_path / "memory.safetensors")
+    again = EditMemory.open(tmp_path / "memory.safetensors", fingerprint="abc")
+    same(memory, again)
+    assert again.add(edits(1), torch.zeros(1, DIM)) == [6]  # ids of removed edits are not given again
+    assert [p.name for p in tmp_path.iterdir()] == ["memory.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "embeddings, message",
+    [
+        (torch.zeros(2, DIM + 1), r"\(2, 3\), got \(2, 4\).*classifier of this memory"),
+        (torch.zeros(3, DIM), r"2 edits"),
+        (torch.zeros(DIM), "shape"),
+        (torch.tensor([[0.0] * DIM, [float("nan")] * DIM]), r"\[1\] are not finite"),
+        (torch.tensor([[0.0, float("inf"), 0.0], [0.0] * DIM]), r"\[0\] are not finite"),
+    ],
+)
+def test_bad_embeddings_are_refused_and_nothing_is_stored(embeddings, message):
+    memory = filled()
+    with pytest.raises(ValueError, match=message):
+        memory.add(edits(2, 6), embeddings)
+    same(memory, filled())
+
+
+def test_removing_what_is_not_there_removes_nothing():
+    memory = filled()
+    with pytest.raises(KeyError, match=r"no edit with id \[6, 7\] in memory"):
+        memory.remove([0, 7, 1, 6])
+    same(memory, filled())
+
+
+def test_an_edit_that_is_not_there_is_named():
+    memory = filled()
+    memory.remove([2])
+    with pytest.raises(KeyError, match=r"no edit with id \[2\] in memory"):
+        memory[2]
+    with pytest.raises(KeyError, match=r"no edit with id \[2, 9\] in memory"):
+        memory.distances(torch.zeros(3, DIM), torch.tensor([9, 0, 2]))
+
+
+def test_another_classifiers_memory_is_refused(tmp_path):
+    filled().save(tmp_path / "m")
+    with pytest.raises(ValueError, match="was written by classifier abc, not xyz: embed its edits again"):
+        EditMemory.open(tmp_path / "m", fingerprint="xyz")
+    assert len(EditMemory.open(tmp_path / "m")) == 6
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "memory.safetensors"
+    filled().save(path)
+    old = path.read_bytes()
+
+    def full_disk(tensors, filename, metadata):
+        filename.write_bytes(b"half a file")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(module, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        filled(9).save(path)
+    assert path.read_bytes() == old
+    monkeypatch.undo()
+    filled(9).save(path)  # what the failure left behind is not in the way
+    same(EditMemory.open(path), filled(9))
+
+
+def test_a_memory_keeps_no_gradient_and_no_alias():
+    memory, z = EditMemory(DIM), torch.ones(1, DIM, requires_grad=True)
+    memory.add(edits(1), z)
+    with torch.no_grad():
+        z.zero_()
+    assert not memory.embeddings.requires_grad and memory.embeddings.tolist() == [[1.0] * DIM]
