@@ -1,0 +1,70 @@
+"""An executed notebook without the traces of its run: ``python -m mscke.report.clean IN OUT``.
+
+Outputs, cell ids and their order stay. What papermill and Jupyter note about the run goes: timings,
+the injected parameters, widget state, what was written to stderr. Execution counts become 1 … n. The same
+outputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from mscke.report.registry import replacing
+
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+RUN_METADATA = ("papermill", "execution", "ExecuteTime", "widgets")
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def clean(notebook: NotebookNode) -> NotebookNode:
+    """Clean in place, and return, a notebook of format 4."""
+    notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    notebook.nbformat_minor = 5
+    tags = lambda cell: cell.metadata.get("tags", [])  # noqa: E731
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in tags(cell)]
+    count = 0
+    for i, cell in enumerate(notebook.cells):
+        cell.setdefault("id", f"cell-{i:02d}")
+        kept = {k: v for k, v in cell.metadata.items() if k not in RUN_METADATA and (k != "tags" or v)}
+        cell.metadata = kept
+        if cell.cell_type != "code":
+            continue
+        if cell.execution_count is not None:
+            count += 1
+            cell.execution_count = count
+        cell.outputs = _outputs(cell)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def _outputs(cell: NotebookNode) -> list[NotebookNode]:
+    """Without stderr and live widgets (their text stays); neighbouring pieces of stdout joined."""
+    kept: list[NotebookNode] = []
+    for output in cell.outputs:
+        if output.output_type == "stream":
+            if output.name == "stderr":
+                continue
+            if kept and kept[-1].output_type == "stream":
+                kept[-1].text += output.text
+                continue
+        if output.output_type == "execute_result":
+            output.execution_count = cell.execution_count
+        output.get("data", {}).pop(WIDGET_VIEW, None)
+        kept.append(output)
+    return kept
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 2:
+        sys.exit("usage: python -m mscke.report.clean IN.ipynb OUT.ipynb")
+    notebook = clean(nbformat.read(argv[0], as_version=4))
+    with replacing(Path(argv[1])) as temporary:
+        nbformat.write(notebook, temporary)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

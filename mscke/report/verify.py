@@ -1,0 +1,90 @@
+"""Do the regenerated main results agree with the committed ones? ``python -m mscke.report.verify``
+
+Prints the paper's number, the committed and the regenerated one for every backbone, method and metric
+(generated answers, per cent). Exits 1 if any moved further than its tolerance. It only reads.
+"""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tabulate import tabulate
+
+from mscke.config import ROOT
+from mscke.report.paper import PAIRED, reported_main
+
+TABLE = "figures/tables/main_results.csv"
+KEYS = ["backbone", "method", "metric"]
+RULE = (
+    "Generated answers, per cent. Tolerance: half the width of the committed 95 % interval, or one edit in n "
+    "where that is more."
+)
+
+
+def committed_table(root: Path) -> tuple[pd.DataFrame | None, str]:
+    """The table at HEAD of the repository ``root``, or None and why there is none."""
+    try:
+        shown = subprocess.run(["git", "show", f"HEAD:./{TABLE}"], cwd=root, capture_output=True, check=True)
+    except FileNotFoundError:
+        return None, "git is not installed: there is no committed table to compare with."
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.decode(errors="replace").strip()
+        return None, f"No committed {TABLE} to compare with ({reason})."
+    return pd.read_csv(io.BytesIO(shown.stdout)), ""
+
+
+def compare(committed: pd.DataFrame | None, regenerated: pd.DataFrame) -> pd.DataFrame:
+    """One row a backbone, method and metric: paper, committed, regenerated, difference, tolerance, within.
+
+    All in per cent. A number that only one of the two tables has is not within tolerance.
+    """
+    new = _generated(regenerated).rename(columns={"value": "regenerated"})[[*KEYS, "regenerated"]]
+    old = _generated(regenerated.iloc[:0] if committed is None else committed)
+    old = old.rename(columns={"value": "committed"})
+    table = pd.concat([new[KEYS], old[KEYS]]).drop_duplicates()
+    table["paired"] = table["backbone"].replace(PAIRED)
+    theirs = reported_main().rename(columns={"backbone": "paired", "value": "paper"})
+    table = table.merge(theirs, on=["paired", "method", "metric"], how="left")
+    table = table.merge(old, on=KEYS, how="left").merge(new, on=KEYS, how="left")
+    table["difference"] = (table["regenerated"] - table["committed"]).round(2)
+    table["tolerance"] = np.maximum((table["hi"] - table["lo"]) / 2, 100 / table["n"]).round(2)
+    table["within"] = table["difference"].abs() <= table["tolerance"]
+    return table[[*KEYS, "paper", "committed", "regenerated", "difference", "tolerance", "within"]]
+
+
+def verify(root: Path = ROOT) -> int:
+    """Print the comparison in the repository ``root``; the exit status: 1 if a number moved, else 0."""
+    if not (root / TABLE).exists():
+        print(f"There is no {TABLE} yet: the notebook 03_main_results writes it.")
+        return 1
+    committed, reason = committed_table(root)
+    table = compare(committed, pd.read_csv(root / TABLE))
+    verdicts = "–" if committed is None else table["within"].map({True: "yes", False: "NOT"})
+    options = {
+        "headers": "keys",
+        "tablefmt": "simple",
+        "floatfmt": ".2f",
+        "missingval": "–",
+        "showindex": False,
+    }
+    print(tabulate(table.assign(within=verdicts), **options))
+    print()
+    if committed is None:
+        print(reason)
+        return 0
+    print(RULE)
+    print(f"{table['within'].sum()} of {len(table)} numbers are within tolerance.")
+    return int(not table["within"].all())
+
+
+def _generated(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["protocol"] == "generated"]
+
+
+if __name__ == "__main__":
+    sys.exit(verify())
