@@ -59,9 +59,8 @@ class ClipEncoder:
         self.model = open_clip.create_model(name, pretrained).eval().requires_grad_(False)
         self.model.visual.output_tokens = True
         self.tokenizer = open_clip.get_tokenizer(name)
-        self.preprocess = image_transform_v2(
-            PreprocessCfg(**self.model.visual.preprocess_cfg), is_train=False
-        )
+        picture = PreprocessCfg(**self.model.visual.preprocess_cfg)
+        self.preprocess = image_transform_v2(picture, is_train=False)
         self.patch_dim, self.dim = self.model.visual.proj.shape
         key = fingerprint(self.model)
         self.texts = FeatureTable(self._encode_texts, cache and cache / f"clip-text-{key}.safetensors")
@@ -81,15 +80,13 @@ class ClipEncoder:
         rows = self.texts(texts)
         text = self.texts.columns[0][rows]
         if not paths:
-            return Features(text, torch.full((len(texts),), -1), *self._blank())
+            nothing = torch.zeros(1, 1, self.patch_dim), torch.zeros(1, 1, self.dim)
+            return Features(text, torch.full((len(texts),), -1), torch.zeros(1, self.dim), *nothing)
         rows = self.images(paths)
         pooled, tokens = (column[rows] for column in self.images.columns)
         place = {path: i for i, path in enumerate(paths)}
         image = torch.tensor([place.get(q.image, -1) for q in queries])
         return Features(text, image, pooled, tokens, tokens @ self.model.visual.proj)
-
-    def _blank(self) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.zeros(1, self.dim), torch.zeros(1, 1, self.patch_dim), torch.zeros(1, 1, self.dim)
 
 
 def side_texts(queries: Sequence[Query], answers: Sequence[str] | None) -> list[str]:
@@ -102,9 +99,7 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
     """ρ(edit, query) from image and text, on a frozen CLIP. Only what is trained here is saved.
 
     ``fusion``: how text h_t and image h_i become z —
-
-    * ``text``: the text alone;
-    * ``concat``: [h_t; h_i], the pooled image, through one head;
+    * ``text``: the text alone; ``concat``: [h_t; h_i], the pooled image, through one head;
     * ``dot_pooled``: the authors' released form, in which the text attends over *pooled* images. Over
       a single image the attention has one key, so it is the image itself: with a head for each half
       the image halves of two pairs on one image cancel, and ρ depends on the text alone;
@@ -112,11 +107,10 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
     * ``dot``: dot-product attention in CLIP's joint space, of the text over the image's patches.
 
     ``similarity``: with d² = ‖z_e − z_q‖²,
-
     * ``logistic`` (default): ρ = σ(s·(m − d²)) on unit vectors, s and m learned. Its log-likelihood
       is linear in d² wherever a pair is on the wrong side, so no pair stops training;
-    * ``exponential``: ρ = exp(−d²) on unnormalised z, as released. At d² ≈ 60 its gradient for a pair
-      that should be *out* is exact but useless, and ρ itself underflows for pairs that should be in.
+    * ``exponential``: ρ = exp(−d²) on unnormalised z, as released; a loss taken on ρ itself has no
+      gradient left at d² ≈ 60, so both are trained through :meth:`logit`.
     """
 
     def __init__(
@@ -138,9 +132,7 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
         d, d_v = encoder.dim, encoder.patch_dim
         self.no_image = nn.Parameter(torch.randn(d_v) * d_v**-0.5)  # stands for "there is no picture"
         self.temperature = nn.Parameter(torch.tensor(3.0))  # log; of the dot-product attention
-        inputs = {"text": d, "concat": 2 * d, "dot_pooled": d, "cross": d + d_v + d, "dot": d + d_v + d}[
-            fusion
-        ]
+        inputs = {"text": d, "dot_pooled": d, "concat": 2 * d}.get(fusion, 2 * d + d_v)
         self.head = nn.Sequential(
             nn.LayerNorm(inputs), nn.Linear(inputs, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
