@@ -23,7 +23,9 @@ def make(clip_name, encoder):
 
     def make(fusion="dot", similarity="logistic"):
         torch.manual_seed(5)
-        return ScopeClassifier(clip_name, fusion=fusion, similarity=similarity, width=16, encoder=encoder).eval()
+        return ScopeClassifier(
+            clip_name, fusion=fusion, similarity=similarity, width=16, encoder=encoder
+        ).eval()
 
     return make
 
@@ -164,7 +166,8 @@ def test_released_form_cannot_see_when_edit_and_query_share_an_image(make, recor
             asked = [q for q in record.queries.values() if q.image]
             rho = [
                 classifier.similarity(
-                    classifier.embed(on_image(asked, image)), classifier.embed(on_image([prompt], image), answer)
+                    classifier.embed(on_image(asked, image)),
+                    classifier.embed(on_image([prompt], image), answer),
                 )
                 for image in images
             ]

@@ -64,7 +64,10 @@ class MemoryMachine(RuleBasedStateMachine):
         distances, found = self.memory.nearest(torch.tensor(queries, dtype=torch.float32), k)
         assert distances.shape == found.shape == (len(queries), min(k, len(self.model)))
         for query, row, ids in zip(queries, distances.tolist(), found.tolist(), strict=True):
-            exact = {i: sum((a - b) ** 2 for a, b in zip(query, v, strict=True)) for i, (_, v) in self.model.items()}
+            exact = {
+                i: sum((a - b) ** 2 for a, b in zip(query, v, strict=True))
+                for i, (_, v) in self.model.items()
+            }
             assert row == sorted(exact.values())[:k]
             assert row == [exact[i] for i in ids] and len(set(ids)) == len(ids)
 
@@ -88,9 +91,7 @@ def test_nearest_is_the_argmin_of_the_distances():
     assert torch.equal(ids, memory.ids[rows])
     torch.testing.assert_close(distances.double(), values, rtol=1e-5, atol=1e-5)
     own = torch.arange(30)
-    torch.testing.assert_close(
-        memory.distances(queries, own).double(), exact[own, own], rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(memory.distances(queries, own).double(), exact[own, own], rtol=1e-5, atol=1e-5)
 
 
 def test_an_empty_memory_finds_nothing():
