@@ -226,7 +226,9 @@ class MLLM:
 
     def _eyes(self) -> str:
         """Names the weights that see: two models on one vision tower and Q-Former share features."""
-        return fingerprint(self.model.vision_model)[:8] + fingerprint(self.model.qformer)[:8]
+        queries = nn.ParameterList([self.model.query_tokens])  # the Q-Former's own, but kept beside it
+        parts = (self.model.vision_model, self.model.qformer, queries)
+        return "".join(fingerprint(part)[:8] for part in parts)
 
     def features(self, paths: Sequence[str]) -> Tensor:
         """Q-Former features (B, n, d_q) of images, computed once an image."""
