@@ -133,7 +133,7 @@ def embed(language_model: nn.Module, ids: Tensor, image_id: int, visual: Tensor 
 
 def normalise_answer(text: str) -> str:
     """Case, surrounding space and closing stop do not matter; all else does (exact match)."""
-    return " ".join(text.lower().strip().rstrip(".").split())
+    return " ".join(text.lower().split()).rstrip(". ")
 
 
 @torch.inference_mode()
