@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mscke.benchmark.sample import EditRecord, Query
 from mscke.classifier import Features, ScopeClassifier
 from mscke.models.counterfactual import CounterfactualModel
+from mscke.models.mllm import normalise_answer
 
 ROLES = ("reliability", "generality", "in_scope", "out_of_scope", "locality")
 IN_ROLES = (True, True, True, False, False)
@@ -113,7 +114,8 @@ def train_counterfactual(
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
         queries, edits, answers = examples(validation)
-        right = torch.tensor([a == b for a, b in zip(model.answer(queries, edits), answers, strict=True)])
+        pairs = zip(model.answer(queries, edits), answers, strict=True)
+        right = torch.tensor([a == normalise_answer(b) for a, b in pairs])
         return {f"right_{r}": float(v) for r, v in zip(roles, right.float().view(-1, 3).mean(0), strict=True)}
 
     return _fit(model, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed)
