@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mscke.benchmark.sample import EditRecord, Query
 from mscke.classifier import Features, ScopeClassifier
 from mscke.models.counterfactual import CounterfactualModel
+from mscke.models.features import fingerprint
 from mscke.models.mllm import normalise_answer
 
 ROLES = ("reliability", "generality", "in_scope", "out_of_scope", "locality")
@@ -70,8 +72,8 @@ def train_classifier(
 ) -> pd.DataFrame:
     """Train in place on frozen features; returns the curve (one row an epoch).
 
-    The last epoch is kept: nothing is selected. ``folder`` receives the curve and the weights, from
-    which an interrupted or repeated call goes on.
+    The last epoch is kept: nothing is selected. ``folder`` receives the curve, the weights, and a
+    checkpoint from which an interrupted or repeated call goes on; ValueError if another run made it.
     """
     edits, queries = encode_records(classifier, train)
     held = encode_records(classifier, validation)
@@ -88,7 +90,11 @@ def train_classifier(
             f"right_{r}": float(v) for r, v in zip(ROLES, right, strict=True)
         }
 
-    return _fit(classifier, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed)
+    made_of = {
+        "records": _digest(train), "frozen": fingerprint(classifier.encoder.model),
+        "weights": list(weights), "others": others,
+    }  # fmt: skip
+    return _fit(classifier, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed, made_of)
 
 
 def train_counterfactual(
@@ -118,7 +124,8 @@ def train_counterfactual(
         right = torch.tensor([a == normalise_answer(b) for a, b in pairs])
         return {f"right_{r}": float(v) for r, v in zip(roles, right.float().view(-1, 3).mean(0), strict=True)}
 
-    return _fit(model, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed)
+    made_of = {"records": _digest(train), "frozen": model.base.eyes()}
+    return _fit(model, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed, made_of)
 
 
 def _fit(
@@ -131,53 +138,74 @@ def _fit(
     lr: float,
     batch_size: int,
     seed: int,
+    made_of: dict,
 ) -> pd.DataFrame:
-    """AdamW with one cosine cycle over (epochs × batches), a checkpoint every epoch."""
+    """AdamW with one cosine cycle over (epochs × batches), a checkpoint every epoch.
+
+    The checkpoint is all that a run needs to go on, replaced in one piece; weights and curve beside it
+    are for others to read. ``made_of`` and the arguments after ``folder`` tell one run from another.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    curve, weights, state = folder / "curve.csv", folder / "model.safetensors", folder / "optimiser.pt"
-    rows = pd.read_csv(curve).to_dict("records") if curve.exists() else []
-    if rows:
-        model.load_state_dict(load_file(weights))
-    if len(rows) >= epochs:
-        return pd.DataFrame(rows)
+    checkpoint, rows = folder / "checkpoint.pt", []
+    made_of = made_of | {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed}
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     batches = -(-n // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs * batches, pct_start=0.1)
-    if rows:
-        saved = torch.load(state, weights_only=True)
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        if other := [k for k, v in made_of.items() if saved["made_of"].get(k) != v]:
+            raise ValueError(f"{folder} holds a run with other {', '.join(other)}: delete it to train anew")
+        model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         schedule.load_state_dict(saved["schedule"])
+        rows = saved["rows"]
+        _publish(model, rows, folder)
+    if len(rows) == epochs:
+        model.eval()
+        return pd.DataFrame(rows)
     bar = tqdm(total=epochs * batches, initial=len(rows) * batches, desc=folder.name, mininterval=2)
     for epoch in range(len(rows), epochs):
         model.train()
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch))
-        total = 0.0
-        for part in order.split(batch_size):
-            value = loss(part)
-            optimiser.zero_grad(set_to_none=True)
-            value.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            schedule.step()
-            total += value.item() * len(part)
-            bar.update()
+        with torch.random.fork_rng():  # dropout repeats, and the caller's random numbers are left alone
+            torch.manual_seed(1000 * seed + epoch)
+            total = 0.0
+            for part in torch.randperm(n).split(batch_size):
+                value = loss(part)
+                optimiser.zero_grad(set_to_none=True)
+                value.backward()
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimiser.step()
+                schedule.step()
+                total += value.item() * len(part)
+                bar.update()
         model.eval()
         rows.append({"epoch": epoch + 1, "loss": total / n} | evaluate())
         bar.set_postfix({k: round(v, 3) for k, v in rows[-1].items()})
-        _replace(weights, lambda p: save_file({k: v.contiguous() for k, v in _unshared(model).items()}, p))
-        _replace(
-            state,
-            lambda p: torch.save({"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}, p),
-        )
-        _replace(curve, lambda p: pd.DataFrame(rows).to_csv(p, index=False))
+        state = {
+            "made_of": made_of, "rows": rows, "model": model.state_dict(),
+            "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(),
+        }  # fmt: skip
+        _replace(checkpoint, lambda p, state=state: torch.save(state, p))
+        _publish(model, rows, folder)
     bar.close()
     return pd.DataFrame(rows)
 
 
-def _unshared(model: nn.Module) -> dict[str, Tensor]:
-    """The state with tied tensors copied: safetensors stores no sharing."""
-    return {k: v.clone() for k, v in model.state_dict().items()}
+def _publish(model: nn.Module, rows: list[dict], folder: Path) -> None:
+    """Write weights and curve for others to read."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}  # tied ones too: safetensors shares nothing
+    _replace(folder / "model.safetensors", lambda p: save_file(state, p))
+    _replace(folder / "curve.csv", lambda p: pd.DataFrame(rows).to_csv(p, index=False))
+
+
+def _digest(records: Sequence[EditRecord]) -> str:
+    """Sixteen hex digits that name the records' texts and images, wherever these lie."""
+    texts = [
+        (Path(r.edit.image).name, r.edit.answer, [q.question for q in r.queries.values()], r.answers)
+        for r in records
+    ]
+    return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:

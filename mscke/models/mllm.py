@@ -208,7 +208,7 @@ class MLLM:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         prompt = FORMATS[model.config.text_config.model_type]
         self.encoder = PromptEncoder(tokenizer, prompt, model.config.num_query_tokens)
-        self.images = FeatureTable(self._look, cache and cache / f"qformer-{self._eyes()}.safetensors")
+        self.images = FeatureTable(self._look, cache and cache / f"qformer-{self.eyes()}.safetensors")
         self._answers: dict[Query, str] = {}
         self._forced: dict[tuple[Query, str], Forced] = {}
 
@@ -224,7 +224,7 @@ class MLLM:
         )
         return cls(model, AutoTokenizer.from_pretrained(folder), name, cache)
 
-    def _eyes(self) -> str:
+    def eyes(self) -> str:
         """Names the weights that see: two models on one vision tower and Q-Former share features."""
         queries = nn.ParameterList([self.model.query_tokens])  # the Q-Former's own, but kept beside it
         parts = (self.model.vision_model, self.model.qformer, queries)
