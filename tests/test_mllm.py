@@ -78,7 +78,7 @@ def test_backbones_with_the_same_eyes_share_features_on_disk(mllm_folders, recor
 
 def test_other_eyes_share_nothing(mllm_folders, tmp_path):
     mllm = MLLM.from_pretrained(mllm_folders["opt"], "BLIP-2", cache=tmp_path)
-    names = {mllm._eyes()}
+    names = {mllm.eyes()}
     model = mllm.model
     for parameter in (
         next(model.vision_model.parameters()),
@@ -86,7 +86,7 @@ def test_other_eyes_share_nothing(mllm_folders, tmp_path):
         model.query_tokens,
     ):
         parameter.data.add_(1e-3)
-        names.add(mllm._eyes())
+        names.add(mllm.eyes())
     assert len(names) == 4
 
 

@@ -15,6 +15,7 @@ from mscke.classifier import ClipEncoder
 from mscke.models.mllm import MLLM
 from mscke.models.pretrain import bridge, clip, language, text
 
+torch.set_num_threads(1)  # tensors this small gain nothing from a second thread; waiting for it costs
 WIDTH = 32
 N_RECORDS = 12
 
