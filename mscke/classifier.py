@@ -23,7 +23,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from mscke.benchmark.sample import Query, open_image
-from mscke.models.features import FeatureTable, fingerprint
+from mscke.models.features import FeatureTable, ImageTable, fingerprint
 
 FUSIONS = ("text", "concat", "dot_pooled", "cross", "dot")
 SIMILARITIES = ("logistic", "exponential")
@@ -64,7 +64,7 @@ class ClipEncoder:
         self.patch_dim, self.dim = self.model.visual.proj.shape
         key = fingerprint(self.model)
         self.texts = FeatureTable(self._encode_texts, cache and cache / f"clip-text-{key}.safetensors")
-        self.images = FeatureTable(self._encode_images, cache and cache / f"clip-image-{key}.safetensors")
+        self.images = ImageTable(self._encode_images, cache and cache / f"clip-image-{key}.safetensors")
 
     def _encode_texts(self, texts: list[str]) -> tuple[Tensor]:
         return (self.model.encode_text(self.tokenizer(texts)),)

@@ -24,7 +24,7 @@ def fingerprint(module: nn.Module) -> str:
 
 
 class FeatureTable:
-    """Rows of features by key (an image path or a text), computed in batches when first asked for.
+    """Rows of features by key (a text, say), computed in batches when first asked for.
 
     ``compute`` maps a list of keys to a tuple of tensors, each (B, …). With a ``path`` the table is
     read from that safetensors file if it is there, and written back whenever it has grown.
@@ -35,22 +35,32 @@ class FeatureTable:
     ):
         self.compute, self.path, self.batch_size = compute, path, batch_size
         self.rows: dict[str, int] = {}
+        self.stamps: dict[str, str] = {}
         self.columns: tuple[Tensor, ...] = ()
         if path is not None and path.exists():
             try:
                 with safe_open(path, "pt") as file:
-                    keys = json.loads(file.metadata()["keys"])
-                    self.columns = tuple(file.get_tensor(name) for name in sorted(file.keys()))
+                    header = file.metadata()
+                    columns = tuple(file.get_tensor(name) for name in sorted(file.keys()))
             except SafetensorError:  # cut off by a crash: compute it again
                 path.unlink()
             else:
-                self.rows = {key: i for i, key in enumerate(keys)}
+                keys, stamps = (json.loads(header.get(name, "{}")) for name in ("keys", "stamps"))
+                valid = [i for i, key in enumerate(keys) if stamps.get(key, "") == self.stamp(key)]
+                self.rows = {keys[i]: row for row, i in enumerate(valid)}
+                self.stamps = {key: stamps[key] for key in self.rows if key in stamps}
+                self.columns = columns if len(valid) == len(keys) else tuple(c[valid] for c in columns)
+
+    def stamp(self, key: str) -> str:
+        """What must stay as it was for a row on disk to be good still; nothing by default."""
+        return ""
 
     @torch.inference_mode()
     def __call__(self, keys: Sequence[str]) -> Tensor:
         """Row numbers (B,) of ``keys`` in :attr:`columns`, after computing those not there yet."""
         new = [key for key in dict.fromkeys(keys) if key not in self.rows]
         new.sort(key=len)  # texts of one length share a batch; the order of rows is of no consequence
+        stamps = {key: stamp for key in new if (stamp := self.stamp(key))}  # taken before it is read
         parts = [self.columns] if self.columns else []
         starts = range(0, len(new), self.batch_size)
         for i in tqdm(starts, desc="encoding", leave=False, disable=len(new) < 2000 or None):
@@ -59,6 +69,7 @@ class FeatureTable:
         if new:
             self.columns = tuple(torch.cat(column) for column in zip(*parts, strict=True))
             self.rows.update({key: len(self.rows) + i for i, key in enumerate(new)})
+            self.stamps.update(stamps)
             self._save()
         return torch.tensor([self.rows[key] for key in keys], dtype=torch.long)
 
@@ -68,5 +79,17 @@ class FeatureTable:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         columns = {f"{i:02d}": column.contiguous() for i, column in enumerate(self.columns)}
-        save_file(columns, temporary, metadata={"keys": json.dumps(list(self.rows))})
+        header = {"keys": json.dumps(list(self.rows)), "stamps": json.dumps(self.stamps)}
+        save_file(columns, temporary, metadata=header)
         os.replace(temporary, self.path)
+
+
+class ImageTable(FeatureTable):
+    """The keys are paths of images. A file that was written anew since is read anew."""
+
+    def stamp(self, key: str) -> str:
+        try:
+            found = os.stat(key)
+        except OSError:
+            return "not there"
+        return f"{found.st_size} {found.st_mtime_ns}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerBase
 
 from mscke.benchmark.sample import Query, open_image
-from mscke.models.features import FeatureTable, fingerprint
+from mscke.models.features import ImageTable, fingerprint
 
 TEMPLATE = "Question: {} Short answer:"
 IN_CONTEXT = "New Fact: {} {}\nPrompt: "
@@ -208,7 +208,7 @@ class MLLM:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         prompt = FORMATS[model.config.text_config.model_type]
         self.encoder = PromptEncoder(tokenizer, prompt, model.config.num_query_tokens)
-        self.images = FeatureTable(self._look, cache and cache / f"qformer-{self.eyes()}.safetensors")
+        self.images = ImageTable(self._look, cache and cache / f"qformer-{self.eyes()}.safetensors")
         self._answers: dict[Query, str] = {}
         self._forced: dict[tuple[Query, str], Forced] = {}
 
