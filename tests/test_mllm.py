@@ -76,6 +76,29 @@ def test_backbones_with_the_same_eyes_share_features_on_disk(mllm_folders, recor
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_an_image_written_anew_is_looked_at_anew(mllm_folders, tmp_path):
+    """Such as a benchmark generated again: same paths, other pictures."""
+    path, cache = str(tmp_path / "a.png"), tmp_path / "cache"
+    features = []
+    for colour in ("red", "blue", "blue"):
+        if len(features) < 2:
+            Image.new("RGB", (96, 96), colour).save(path)
+        mllm = MLLM.from_pretrained(mllm_folders["opt"], "BLIP-2", cache=cache)
+        features.append(mllm.features([path]))
+    assert not torch.equal(features[0], features[1])
+    assert torch.equal(features[1], features[2])
+    assert len(mllm.images.rows) == 1
+
+
+def test_a_damaged_cache_is_made_again(mllm_folders, records, tmp_path):
+    mllm = MLLM.from_pretrained(mllm_folders["opt"], "BLIP-2", cache=tmp_path)
+    features = mllm.features([records[0].edit.image])
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    again = MLLM.from_pretrained(mllm_folders["opt"], "BLIP-2", cache=tmp_path)
+    assert torch.equal(again.features([records[0].edit.image]), features)
+
+
 def test_other_eyes_share_nothing(mllm_folders, tmp_path):
     mllm = MLLM.from_pretrained(mllm_folders["opt"], "BLIP-2", cache=tmp_path)
     names = {mllm.eyes()}
