@@ -1,0 +1,117 @@
+"""The shape of the house: imports run one way, the method stays short, nothing unsafe is loaded."""
+
+import ast
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mscke.config import ROOT
+
+PACKAGE = ROOT / "mscke"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TRACKED = subprocess.run(["git", "-C", ROOT, "ls-files", "notebooks"], capture_output=True, text=True).stdout
+COMMITTED = [n for n in NOTEBOOKS if n.name in TRACKED] if TRACKED else NOTEBOOKS
+LAYERS = (
+    ("config",), ("benchmark",), ("models",), ("classifier", "memory", "router"), ("training", "editors"),
+    ("evaluation",), ("report",),
+)  # fmt: skip
+LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """The package's own modules that ``path`` imports, wherever in the file it does so."""
+    names, known = set(), {dotted(p) for p in MODULES}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write it from the package's root"
+            found = {f"{node.module}.{alias.name}" for alias in node.names} & known
+            names |= found or {node.module}
+    return {name for name in names if name.split(".")[0] == "mscke"}
+
+
+def layer(module: str) -> int:
+    parts = module.split(".")
+    return LAYER[parts[1]] if len(parts) > 1 else -1
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_imports_run_one_way(path):
+    if path == PACKAGE / "__init__.py":
+        return  # the package's front door may name anything
+    for other in imports(path):
+        assert layer(other) <= layer(dotted(path)), f"{dotted(path)} imports {other}, which stands above it"
+
+
+def test_no_import_circles():
+    graph = {dotted(p): imports(p) - {dotted(p)} for p in MODULES}
+    done, open_ = set(), []
+
+    def visit(module):
+        assert module not in open_, " → ".join([*open_, module])
+        if module not in done:
+            open_.append(module)
+            for other in sorted(graph.get(module, ())):
+                visit(other)
+            done.add(open_.pop())
+
+    for module in sorted(graph):
+        visit(module)
+
+
+@pytest.mark.parametrize("name", ["classifier", "memory", "router"])
+def test_the_method_is_short(name):
+    assert len((PACKAGE / f"{name}.py").read_text().splitlines()) < 200
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_nothing_unsafe_is_loaded(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            assert not {"pickle", "dill", "joblib"} & set(names), f"{path}:{node.lineno}"
+        if not isinstance(node, ast.Call):
+            continue
+        given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+        where, name = f"{path}:{node.lineno}", ast.unparse(node.func)
+        assert given.get("trust_remote_code", False) is False, where
+        if name == "torch.load":
+            assert given.get("weights_only") is True, where
+        if name.endswith((".read_pickle", ".load")) and "allow_pickle" in given:
+            assert given["allow_pickle"] is False, where
+        assert name not in ("eval", "exec", "os.system", "pd.read_pickle"), where
+
+
+def cells(path):
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_take_literal_parameters(path):
+    tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1, "papermill needs one cell tagged `parameters`"
+    body = ast.parse("".join(tagged[0]["source"])).body
+    assert body
+    for node in body:
+        assert isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name), ast.unparse(node)
+        ast.literal_eval(node.value)  # injected parameters come after this cell: derive nothing in it
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
+def test_committed_notebooks_are_executed_in_order(path):
+    counts = [c["execution_count"] for c in cells(path)]
+    assert counts == list(range(1, len(counts) + 1)), "run it: nbval compares no cell without a count"
+    assert json.loads(path.read_text())["metadata"]["kernelspec"]["name"] == "python3"
+    for cell in cells(path):
+        assert not [o for o in cell["outputs"] if o["output_type"] == "error"]
+        if "nbval-check-output" in cell["metadata"].get("tags", []):
+            assert cell["outputs"], "a check of no output checks nothing"
