@@ -20,17 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from mscke.benchmark.facts import locality_facts
-from mscke.benchmark.questions import Question, Reference, in_scope, references
+from mscke.benchmark.questions import IDENTITY, OPPOSITE, Question, Reference, fact, in_scope, references
 from mscke.benchmark.scenes import (
-    CATEGORIES,
-    HELD_OUT,
-    KINDS,
-    KNOWN,
-    RECORD_FOLD,
-    Entity,
-    Scene,
-    render,
-    sample_scene_of,
+    HELD_OUT, KINDS, KNOWN, PLACES, RECORD_FOLD, Entity, Scene, neighbours, render, sample_scene_of,
 )  # fmt: skip
 
 SIZES = {"train": 8334, "test": 2778}
@@ -53,41 +45,55 @@ def _choice(rng: np.random.Generator, options):
     return options[int(rng.integers(len(options)))]
 
 
-def _refer(
-    rng: np.random.Generator, scene: Scene, entity: Entity, avoid: Reference | None
-) -> Reference | None:
-    """A reference to ``entity`` of another kind than ``avoid`` (or by another neighbour)."""
-    found = references(scene, entity, ("colour", "place", "relation"))
-    if avoid is not None:
-        found = [
-            r for r in found if r.kind != avoid.kind or (r.kind == "relation" and r.anchor != avoid.anchor)
-        ]
-    weights = {k: w for k, w in EDIT_REFERENCES.items() if any(r.kind == k for r in found)}
+def _cells(reference: Reference) -> set[int]:
+    """Where the text alone allows what ``reference`` means to lie."""
+    if reference.kind == "place":
+        return {PLACES.index(reference.value)}
+    if reference.kind == "relation":  # what is left of something is not in the right column
+        return {c for c in range(len(PLACES)) if OPPOSITE[reference.value] in neighbours(c)}
+    return set(range(len(PLACES)))
+
+
+def _candidates(scene: Scene, entity: Entity, edit: Reference) -> list[Reference]:
+    """References to ``entity`` that, from their text, might mean what ``edit`` means."""
+    found = references(scene, entity, tuple(EDIT_REFERENCES))
+    other = [r for r in found if r.kind != edit.kind or (r.kind == "relation" and r.anchor != edit.anchor)]
+    return [r for r in other if _cells(r) & _cells(edit)]
+
+
+def _ask(
+    rng: np.random.Generator, scene: Scene, attribute: str, entity: Entity, twin: Entity, edit: Reference
+) -> Question | None:
+    """A question about ``entity``, referred to in a way in which ``twin`` could be referred to as well.
+
+    One of the two is the edited entity and the other is not: drawing from the kinds of reference that
+    both have keeps the text from telling which.
+    """
+    wording = int(rng.integers(6))
+    if attribute == "exists":
+        return Question("exists", value=entity.kind, wording=wording)
+    if attribute == "count":
+        return Question("count", value=KINDS[entity.kind].category, wording=wording)
+    found = _candidates(scene, entity, edit)
+    shared = {r.kind for r in found} & {r.kind for r in _candidates(scene, twin, edit)}
+    weights = {k: w for k, w in EDIT_REFERENCES.items() if k in shared}
     if not weights:
         return None
     kind = _choice(rng, weights)
-    return _choice(rng, [r for r in found if r.kind == kind])
+    return Question(attribute, _choice(rng, [r for r in found if r.kind == kind]), wording=wording)
 
 
-def _ask(rng, before: Scene, after: Scene, entity: Entity, avoid: Reference, inside: bool) -> Question | None:
-    """A question about ``entity`` with an attribute drawn alike for both sides of the scope."""
-    attribute, wording = _choice(rng, ATTRIBUTES), int(rng.integers(6))
-    edited = after.at(entity.cell).kind
-    if attribute == "exists":
-        there = [e.kind for e in before.entities if e.kind is not None]
-        absent = [k for k in KNOWN if k not in there]
-        value = (
-            (entity.kind or edited) if rng.random() < 0.6 else (edited if inside else _choice(rng, absent))
-        )
-        return Question("exists", value=value, wording=wording)
-    if attribute == "count":
-        kinds = [entity.kind or edited, edited] if inside else [entity.kind]
-        value = (
-            KINDS[_choice(rng, kinds)].category if rng.random() < 0.7 or inside else _choice(rng, CATEGORIES)
-        )
-        return Question("count", value=value, wording=wording)
-    reference = _refer(rng, before, entity, avoid)
-    return reference and Question(attribute, reference, wording=wording)
+def _new_kind(rng: np.random.Generator, scene: Scene, target: Entity, attribute: str) -> str:
+    """What a counterfactual edit makes of ``target``, so that the answer to ``attribute`` changes."""
+    taken, old = {e.kind for e in scene.entities}, KINDS[target.kind]
+    pool = [k for k in KNOWN if k not in taken]
+    if attribute in IDENTITY[1:]:
+        pool = [k for k in pool if fact(k, attribute) != fact(old.name, attribute)]
+    elif attribute == "count":
+        pool = [k for k in pool if KINDS[k].category != old.category]
+    elif rng.random() < SAME_CATEGORY:
+        pool = [k for k in pool if KINDS[k].category == old.category]
+    return _choice(rng, pool)
 
 
 def _hardness(question: Question) -> str:
@@ -97,50 +103,50 @@ def _hardness(question: Question) -> str:
 
 
 def build_record(rng: np.random.Generator, facts: list[tuple[str, str]]) -> tuple[Scene, dict]:
-    """Draw one record: (the scene to paint, FGVEdit's keys without ``image``, plus ``meta``)."""
+    """Draw one record: (the scene to paint, FGVEdit's keys without ``image``, plus ``meta``).
+
+    What kind of record it is to be is drawn first, and scenes until one allows it, so that in-scope and
+    out-of-scope questions have the same distribution of attributes.
+    """
+    correction = bool(rng.random() < CORRECTIONS)
+    # whether a kind is present, or how many of a category, has no counterpart for an unknown entity
+    attributes = {a: w for a, w in ATTRIBUTES.items() if a in IDENTITY} if correction else ATTRIBUTES
+    asked_inside, asked_outside = _choice(rng, attributes), _choice(rng, attributes)
+    hardness = _choice(rng, OUT_OF_SCOPE)
     while True:
-        scene = sample_scene_of(rng, RECORD_FOLD)
-        target = _choice(rng, scene.entities)
-        others = [e for e in scene.entities if e is not target]
-        correction = bool(rng.random() < CORRECTIONS)
+        scene = sample_scene_of(rng, RECORD_FOLD, n=int(rng.integers(3, 5)))
+        target, other = (scene.entities[i] for i in rng.permutation(len(scene.entities))[:2])
         if correction:
             edited = _choice(rng, HELD_OUT)
             scene = after = scene.with_kind(target.cell, edited)
             before = scene.with_kind(target.cell, None)
         else:
-            same = rng.random() < SAME_CATEGORY
-            taken = {e.kind for e in scene.entities}
-            pool = [k for k in KNOWN if k not in taken]
-            alike = [k for k in pool if KINDS[k].category == KINDS[target.kind].category]
-            edited = _choice(rng, alike if same else pool)
+            edited = _new_kind(rng, scene, target, asked_inside)
             before, after = scene, scene.with_kind(target.cell, edited)
         target = before.at(target.cell)
-        reference = _refer(rng, before, target, None)
+        found = references(before, target, tuple(EDIT_REFERENCES))
+        kind = _choice(rng, {k: w for k, w in EDIT_REFERENCES.items() if any(r.kind == k for r in found)})
+        reference = _choice(rng, [r for r in found if r.kind == kind])
         wording = int(rng.integers(3))
         prompt = Question("name", reference, wording=wording)
         # another template and the other noun phrase
         rephrase = Question("name", reference, wording=(wording + int(rng.integers(1, 3))) % 3 + 3)
-        inside = _ask(rng, before, after, target, reference, True)
-        hardness = _choice(rng, OUT_OF_SCOPE)
+        inside = _ask(rng, before, asked_inside, target, other, reference)
         if hardness == "same_wording":
-            other = _choice(rng, others)
             alike = references(before, other, (reference.kind,))
             outside = Question("name", _choice(rng, alike), wording=wording) if alike else None
         elif hardness == "other_attribute":
             attribute = _choice(rng, [a for a in ("colour", "place") if a != reference.kind])
-            found = [
-                r for r in references(before, target, ("colour", "place", "relation")) if r.kind != attribute
-            ]
-            outside = Question(attribute, _choice(rng, found), wording=int(rng.integers(6)))
+            left = [r for r in found if r.kind != attribute]
+            outside = Question(attribute, _choice(rng, left), wording=int(rng.integers(6))) if left else None
         else:
-            outside = _ask(rng, before, after, _choice(rng, others), reference, False)
+            outside = _ask(rng, before, asked_outside, other, target, reference)
         if not inside or not outside:
             continue
         cell = target.cell
-        if (
-            in_scope(inside, before, after, cell) is not True
-            or in_scope(outside, before, after, cell) is not False
-        ):
+        if in_scope(inside, before, after, cell) is not True:
+            continue
+        if in_scope(outside, before, after, cell) is not False:
             continue
         loc, loc_ans = _choice(rng, facts)
         return scene, {

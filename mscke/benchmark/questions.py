@@ -140,7 +140,7 @@ def references(scene: Scene, entity: Entity, kinds: tuple[str, ...] = ()) -> lis
     for direction, cell in neighbours(entity.cell).items():
         other = scene.at(cell)
         if other is not None and other.kind is not None:
-            candidates.append(Reference("relation", _OPPOSITE[direction], other.kind))
+            candidates.append(Reference("relation", OPPOSITE[direction], other.kind))
     if entity.kind is not None:
         candidates.append(Reference("category", KINDS[entity.kind].category))
         candidates.append(Reference("name", entity.kind))
@@ -156,7 +156,7 @@ def references(scene: Scene, entity: Entity, kinds: tuple[str, ...] = ()) -> lis
     return found
 
 
-_OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 def in_scope(question: Question, before: Scene, after: Scene, cell: int) -> bool | None:
@@ -185,9 +185,17 @@ def in_scope(question: Question, before: Scene, after: Scene, cell: int) -> bool
 
 
 def sample_question(
-    rng: np.random.Generator, scene: Scene, mix: dict[str, float] | None = None, kinds: tuple[str, ...] = ()
+    rng: np.random.Generator,
+    scene: Scene,
+    mix: dict[str, float] | None = None,
+    kinds: tuple[str, ...] = (),
+    weights: dict[str, float] | None = None,
 ) -> Question:
-    """A random answerable question: any entity, any reference (of ``kinds``), any attribute that makes sense."""
+    """A random answerable question: any entity, any reference (of ``kinds``), any attribute that makes sense.
+
+    ``mix`` weighs attributes, ``weights`` kinds of reference.
+    """
+    weights = weights or REFERENCE_WEIGHTS
     mix = mix or PRETRAINING_MIX
     attribute = tuple(mix)[_draw(rng, mix)]
     wording = int(rng.integers(6))
@@ -209,11 +217,10 @@ def sample_question(
         taken = {"name": ("name",), "category": ("category", "name"), "colour": ("colour",),
                  "place": ("place",)}.get(attribute, ("name",))  # fmt: skip
         found = [r for r in references(scene, entity, kinds) if r.kind not in taken]
-        # relations are learned last: they get twice the weight
-        weights = {k: 2.0 if k == "relation" else 1.0 for k in sorted({r.kind for r in found})}
-        if not weights:
+        present = {k: weights[k] for k in sorted({r.kind for r in found})}
+        if not present:
             continue
-        kind = tuple(weights)[_draw(rng, weights)]
+        kind = tuple(present)[_draw(rng, present)]
         same = [r for r in found if r.kind == kind]
         return Question(attribute, same[int(rng.integers(len(same)))], wording=wording)
 
@@ -222,6 +229,9 @@ PRETRAINING_MIX = {
     "name": 0.34, "category": 0.14, "flies": 0.05, "animal": 0.05, "food": 0.05,
     "colour": 0.12, "place": 0.12, "exists": 0.07, "count": 0.06,
 }  # fmt: skip
+
+
+REFERENCE_WEIGHTS = {"colour": 1.0, "place": 1.0, "relation": 2.0, "category": 1.0, "name": 1.0}
 
 
 def _draw(rng: np.random.Generator, weights: dict[str, float]) -> int:
@@ -236,7 +246,7 @@ def vocabulary() -> list[str]:
         texts += [f.format(np="the thing", a="an", v=attribute) for f in forms]
     for kind, value in (("colour", "red"), ("place", "top left"), ("name", "owl")):
         texts += [Reference(kind, value).phrase(i) for i in (0, 1)]
-    for direction in _OPPOSITE:
+    for direction in OPPOSITE:
         texts += [Reference("relation", direction, "owl").phrase(i) for i in (0, 1)]
     texts += [_PLURALS.get(c, c + "s") for c in CATEGORIES]
     return texts

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -102,3 +104,11 @@ def teacher_forced(
 def _named(frame: pd.DataFrame) -> pd.DataFrame:
     frame["metric"] = frame["role"].map(METRICS)
     return frame.drop(columns="role")
+
+
+def save_rows(rows: pd.DataFrame, path: Path) -> None:
+    """Store per-record rows as parquet, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    rows.to_parquet(temporary, index=False, compression="zstd")
+    os.replace(temporary, path)

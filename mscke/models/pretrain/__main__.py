@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -23,11 +22,14 @@ from mscke.models.pretrain import bridge, card, clip, language, text, vision
 
 WORK = ROOT / "outputs" / "pretrain"
 STEPS = {
-    "vision": 2000, "opt": 4500, "llama": 3000, "clip-mini-b": 700, "clip-mini-l": 700,
-    "blip2-distil": 1200, "blip2-join": 1500, "minigpt4-distil": 400, "minigpt4-join": 1500,
+    "vision": 2000, "opt": 4500, "llama": 2200, "clip-mini-b": 700, "clip-mini-l": 700,
+    "blip2-distil": 800, "blip2-join": 1000, "minigpt4-distil": 300, "minigpt4-join": 600,
 }  # fmt: skip
 DENSE_STEPS = 500
-SEEDS = {name: i for i, name in enumerate(["opt", "llama", "vision", "clip-mini-b", "clip-mini-l", "blip2", "minigpt4"])}
+SEEDS = {
+    name: i
+    for i, name in enumerate(["opt", "llama", "vision", "clip-mini-b", "clip-mini-l", "blip2", "minigpt4"])
+}
 
 
 def language_model(family: str) -> nn.Module:
@@ -59,7 +61,9 @@ def run_vision() -> None:
 def run_language(family: str) -> None:
     torch.manual_seed(SEEDS[family])
     tokenizer = text.build_tokenizer()
-    language.pretrain_language(language_model(family), encoder(family), tokenizer, family, STEPS[family], WORK)
+    language.pretrain_language(
+        language_model(family), encoder(family), tokenizer, family, STEPS[family], WORK
+    )
 
 
 def symbolic(family: str) -> tuple[nn.Module, nn.Module]:
@@ -87,7 +91,9 @@ def run_blip2() -> None:
 def run_minigpt4() -> None:
     """MiniGPT-4-mini: BLIP-2-mini's vision tower and Q-Former, frozen; a projection of its own; Llama."""
     torch.manual_seed(SEEDS["minigpt4"])
-    blip2 = bridge.assemble(Blip2VisionModel(bridge.vision_config()), language_model("opt"), text.build_tokenizer())
+    blip2 = bridge.assemble(
+        Blip2VisionModel(bridge.vision_config()), language_model("opt"), text.build_tokenizer()
+    )
     blip2.load_state_dict(stage_state("blip2-join")["model"])
     lm, symbols = symbolic("llama")
     model = bridge.assemble(blip2.vision_model, lm, text.build_tokenizer())

@@ -14,7 +14,7 @@ from mscke.benchmark.facts import world_facts
 from mscke.benchmark.questions import ATTRIBUTES, Question, references, sample_question
 from mscke.benchmark.sample import Query
 from mscke.benchmark.scenes import HELD_OUT, HELD_OUT_FOLD, sample_scene_of
-from mscke.models.mllm import MLLM, PromptEncoder, generate
+from mscke.models.mllm import MLLM, generate
 from mscke.models.pretrain.clip import encode, sample_phrase
 from mscke.models.pretrain.vision import cells_of_patches, pixels
 
@@ -36,7 +36,9 @@ def ask(mllm: MLLM, scenes: list, questions: list[Question], batch: int = 250) -
     for i in range(0, len(scenes), batch):
         states = model.vision_model(pixel_values=pixels(scenes[i : i + batch])).last_hidden_state
         queries = model.query_tokens.expand(len(states), -1, -1)
-        visual = model.language_projection(model.qformer(query_embeds=queries, encoder_hidden_states=states)[0])
+        visual = model.language_projection(
+            model.qformer(query_embeds=queries, encoder_hidden_states=states)[0]
+        )
         prompts = [mllm.encoder.prompt(q.text(), True) for q in questions[i : i + batch]]
         answers += generate(model.language_model, mllm.encoder, prompts, visual)
     return answers
@@ -47,7 +49,9 @@ def measure_mllm(mllm: MLLM, n: int = 3000, seed: int = 7) -> dict[str, dict]:
     rng = np.random.default_rng(seed)
     scenes = [sample_scene_of(rng, HELD_OUT_FOLD) for _ in range(n)]
     questions = [sample_question(rng, s) for s in scenes]
-    right = np.array([a == q.answer(s) for a, q, s in zip(ask(mllm, scenes, questions), questions, scenes, strict=True)])
+    right = np.array(
+        [a == q.answer(s) for a, q, s in zip(ask(mllm, scenes, questions), questions, scenes, strict=True)]
+    )
     reference = np.array([q.reference.kind if q.reference else "none" for q in questions])
     attribute = np.array([q.attribute for q in questions])
     result = {"all questions": interval(right)}
@@ -62,14 +66,19 @@ def measure_mllm(mllm: MLLM, n: int = 3000, seed: int = 7) -> dict[str, dict]:
         changed = scene.with_kind(cell, HELD_OUT[int(rng.integers(len(HELD_OUT)))])
         unseen.append((changed, Question("name", references(changed, changed.at(cell), ("colour",))[0])))
     named = ask(mllm, *map(list, zip(*unseen, strict=True)))
-    result["held-out kinds named"] = interval([a == q.answer(s) for a, (s, q) in zip(named, unseen, strict=True)])
+    result["held-out kinds named"] = interval(
+        [a == q.answer(s) for a, (s, q) in zip(named, unseen, strict=True)]
+    )
     return result
 
 
 @torch.inference_mode()
 def measure_clip(folder: Path, n: int = 500, seed: int = 7) -> dict[str, dict]:
     """Pointing accuracy in per cent: the best patch of a phrase lies on what it names."""
-    model, tokenizer = open_clip.create_model(f"local-dir:{folder}"), open_clip.get_tokenizer(f"local-dir:{folder}")
+    model, tokenizer = (
+        open_clip.create_model(f"local-dir:{folder}"),
+        open_clip.get_tokenizer(f"local-dir:{folder}"),
+    )
     rng = np.random.default_rng(seed)
     scenes = [sample_scene_of(rng, HELD_OUT_FOLD) for _ in range(n)]
     phrases = [sample_phrase(rng, s) for s in scenes for _ in range(4)]

@@ -1,7 +1,7 @@
 """Two mini CLIPs, defined as open_clip configs: image–text contrast plus a region term.
 
-The contrast is CLIP's own, on pooled embeddings; an image on which a phrase fits as well is not
-counted as a negative. The region term asks that a phrase's embedding *point at* the patches of what
+The contrast is CLIP's, on the log-sum-exp of a phrase over an image's patches and, with less weight, on
+the pooled image; an image on which the phrase fits as well is not counted as a negative. The region term asks that a phrase's embedding *point at* the patches of what
 it names: a softmax of the phrase over its image's own patch embeddings. Real CLIPs acquire this
 from scale; here it is taught, and relations ("just left of the owl") with it.
 """
@@ -113,6 +113,8 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
     for parameter in model.visual.transformer.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.8 * width**-0.5)
+    torch.nn.init.normal_(model.token_embedding.weight, std=TEXT_WIDTH**-0.5)
+    torch.nn.init.normal_(model.positional_embedding, std=0.5 * TEXT_WIDTH**-0.5)
     pretrain_vision(
         model.visual, lambda x: model.visual(x)[1], width, PATCH, f"{name}-dense", dense_steps, work, seed
     )
@@ -125,29 +127,39 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
         tokens = tokenizer([t for t, _, _ in flat])
         return scenes, flat, tokens
 
-    def pointing(texts, patches, flat):
-        scores = (F.normalize(texts, dim=-1).unflatten(0, (-1, 4)) @ F.normalize(patches, dim=-1).mT) * 20
-        inside = where == torch.tensor([cell for _, cell, _ in flat]).unsqueeze(1)
-        return scores.flatten(0, 1), inside
+    def scores_of(texts, patches):
+        """Similarity of every phrase to every patch of every image: (T, B, P)."""
+        flat = F.normalize(patches, dim=-1).flatten(0, 1)
+        return (20 * F.normalize(texts, dim=-1) @ flat.T).unflatten(1, patches.shape[:2])
+
+    def pointing(scores, flat):
+        """Of each phrase over its own image: (scores (T, P), is the patch on what it names? (T, P))."""
+        own = scores[torch.arange(len(flat)), torch.arange(len(flat)) // 4]
+        return own, where == torch.tensor([cell for _, cell, _ in flat]).unsqueeze(1)
 
     def step(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
         scenes, flat, tokens = batch(rng, 40, PRETRAINING_FOLDS)
         texts, pooled, patches = encode(model, tokens, pixels(scenes))
-        scores, inside = pointing(texts, patches, flat)
+        every = scores_of(texts, patches)
+        scores, inside = pointing(every, flat)
         region = -scores.log_softmax(-1).masked_fill(~inside, -torch.inf).logsumexp(-1).mean()
         own = torch.arange(len(flat)) // 4
         ignored = torch.tensor([[fits(r, s) for s in scenes] for _, _, r in flat])
         ignored[torch.arange(len(flat)), own] = False
+        contrast = F.cross_entropy(every.logsumexp(-1).masked_fill(ignored, -torch.inf), own)
         logits = model.logit_scale.exp() * F.normalize(texts, dim=-1) @ F.normalize(pooled, dim=-1).T
-        contrast = F.cross_entropy(logits.masked_fill(ignored, -torch.inf), own)
-        return {"loss": region + 0.5 * contrast, "region": region, "contrast": contrast}
+        pooled_contrast = F.cross_entropy(logits.masked_fill(ignored, -torch.inf), own)
+        return {
+            "loss": region + contrast + 0.1 * pooled_contrast,
+            "region": region, "contrast": contrast, "pooled": pooled_contrast,
+        }  # fmt: skip
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         rng = np.random.default_rng([seed, 98])
         scenes, flat, tokens = batch(rng, 200, HELD_OUT_FOLD)
         texts, _, patches = encode(model, tokens, pixels(scenes))
-        scores, inside = pointing(texts, patches, flat)
+        scores, inside = pointing(scores_of(texts, patches), flat)
         hit = inside.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)
         kinds = [r.kind for _, _, r in flat]
         result = {"pointing": float(hit.float().mean())}

@@ -5,7 +5,7 @@ learned vector of the cell. The model that reads such tokens needs no pixels to 
 cell is on the red card?"), which is what it learns last. The Q-Former is then taught to write the
 same tokens from pixels (:mod:`mscke.models.pretrain.bridge`).
 
-Questions that look one thing up come first, then all of them: relations, counts, contexts.
+Questions that look one thing up come first, then all of them, then more of those learned last.
 """
 
 from __future__ import annotations
@@ -50,6 +50,13 @@ def llama_config(tokenizer) -> LlamaConfig:
 
 EASY_MIX = {"name": 0.5, "colour": 0.25, "place": 0.25}
 EASY_REFERENCES = ("colour", "place", "name")
+# Reverse look-ups ("where is the owl?"), presence and counts are learned last: they get more weight then.
+LATE = 0.555
+LATE_MIX = {
+    "name": 0.22, "category": 0.09, "flies": 0.03, "animal": 0.02, "food": 0.02,
+    "colour": 0.18, "place": 0.18, "exists": 0.14, "count": 0.12,
+}  # fmt: skip
+LATE_REFERENCES = {"colour": 1.0, "place": 1.0, "relation": 2.0, "category": 0.6, "name": 3.0}
 
 
 class SymbolicTokens(nn.Module):
@@ -109,8 +116,12 @@ class Lesson:
     def __call__(self, rng: np.random.Generator, progress: float = 1.0) -> dict[str, Tensor]:
         scenes = [sample_scene_of(rng, PRETRAINING_FOLDS, KNOWN) for _ in range(self.scenes)]
         easy = progress < self.easy  # look one thing up first; relations, counts and contexts come later
-        mix, kinds = (EASY_MIX, EASY_REFERENCES) if easy else (None, ())
-        questions = [(s, sample_question(rng, s, mix, kinds)) for s in scenes for _ in range(self.questions)]
+        mix, kinds, weights = (EASY_MIX, EASY_REFERENCES, None) if easy else (None, (), None)
+        if progress >= LATE:
+            mix, weights = LATE_MIX, LATE_REFERENCES
+        questions = [
+            (s, sample_question(rng, s, mix, kinds, weights)) for s in scenes for _ in range(self.questions)
+        ]
         encoder = self.encoder
         prompts = [encoder.prompt(q.text(), True) for _, q in questions]
         answers = [encoder.answer(q.answer(s)) for s, q in questions]

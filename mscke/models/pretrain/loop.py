@@ -32,7 +32,7 @@ def train(
     folder: Path,
     seed: int = 0,
     evaluate: Callable[[], dict[str, float]] | None = None,
-    every: int = 100,
+    every: int = 50,
     weight_decay: float = 0.01,
     extra: Iterable[nn.Parameter] = (),
 ) -> None:
