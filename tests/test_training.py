@@ -219,3 +219,15 @@ def test_validation_compares_as_the_metrics_do(blip2, records, tmp_path, monkeyp
     monkeypatch.setattr(model, "answer", lambda queries, edits: ["mount fuji"] * len(queries))
     curve = train_counterfactual(model, records[:2], records[2:4], tmp_path, 1)
     assert curve.filter(like="right_").iloc[0].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_every_epoch_reads_each_record_once_in_an_order_of_its_own(tmp_path):
+    model, seen = torch.nn.Linear(1, 1), []
+
+    def loss(rows):
+        seen.extend(rows.tolist())
+        return model.weight.sum()
+
+    training._fit(model, loss, dict, 20, tmp_path, 3, 1e-3, 6, 0, {})
+    orders = [tuple(seen[i : i + 20]) for i in (0, 20, 40)]
+    assert all(sorted(order) == list(range(20)) for order in orders) and len(set(orders)) == 3
