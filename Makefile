@@ -23,8 +23,9 @@ ABOUT.01_data         := builds FGVEdit-Scenes and looks at it
 ABOUT.02_training     := trains the scope classifier and the editors that learn
 ABOUT.03_main_results := runs every editor on the test records and makes the paper's main tables
 
+REPORT   := $(wildcard mscke/report/figures.py mscke/report/pictures.py mscke/report/tables.py)
 DATA     := $(wildcard mscke/config.py mscke/benchmark/*.py)
-TRAINING := $(DATA) $(wildcard mscke/models/*.py mscke/classifier.py mscke/memory.py mscke/router.py) \
+TRAINING := $(DATA) $(wildcard mscke/models/*.py mscke/classifier.py mscke/memory.py mscke/router.py mscke/training.py) \
             $(wildcard mscke/editors/*.py mscke/assets/*.safetensors mscke/assets/*/*.safetensors)
 RESULTS  := $(TRAINING) $(wildcard mscke/evaluation/*.py mscke/report/*.py)
 
@@ -69,7 +70,7 @@ reproduce: $(NOTEBOOKS:%=$(STAMPS)/%) ## run the notebooks on the mini track, ke
 	MSCKE_TRACK=mini $(NBVAL) --nbval
 
 # One stamp a notebook: an interrupted `make reproduce` goes on where it was.
-$(STAMPS)/01_data: $(DATA)
+$(STAMPS)/01_data: $(DATA) $(REPORT) mscke/editors/serac.py
 $(STAMPS)/02_training: $(STAMPS)/01_data $(TRAINING)
 $(STAMPS)/03_main_results: $(STAMPS)/02_training $(RESULTS)
 

@@ -22,7 +22,16 @@ from tqdm import tqdm
 from mscke.benchmark.facts import locality_facts
 from mscke.benchmark.questions import IDENTITY, OPPOSITE, Question, Reference, fact, in_scope, references
 from mscke.benchmark.scenes import (
-    HELD_OUT, KINDS, KNOWN, PLACES, RECORD_FOLD, Entity, Scene, neighbours, render, sample_scene_of,
+    HELD_OUT,
+    KINDS,
+    KNOWN,
+    PLACES,
+    RECORD_FOLD,
+    Entity,
+    Scene,
+    neighbours,
+    render,
+    sample_scene_of,
 )  # fmt: skip
 
 SIZES = {"train": 8334, "test": 2778}

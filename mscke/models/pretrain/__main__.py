@@ -22,10 +22,10 @@ from mscke.models.pretrain import bridge, card, clip, language, text, vision
 
 WORK = ROOT / "outputs" / "pretrain"
 STEPS = {
-    "vision": 2000, "opt": 4500, "llama": 2200, "clip-mini-b": 700, "clip-mini-l": 700,
-    "blip2-distil": 800, "blip2-join": 1000, "minigpt4-distil": 300, "minigpt4-join": 600,
+    "vision": 700, "opt": 4500, "llama": 2000, "clip-mini-b": 600, "clip-mini-l": 600,
+    "blip2-distil": 500, "blip2-join": 800, "minigpt4-distil": 300, "minigpt4-join": 600,
 }  # fmt: skip
-DENSE_STEPS = 500
+DENSE_STEPS = 400
 SEEDS = {
     name: i
     for i, name in enumerate(["opt", "llama", "vision", "clip-mini-b", "clip-mini-l", "blip2", "minigpt4"])
@@ -54,6 +54,7 @@ def stage_state(name: str) -> dict[str, dict]:
 def run_vision() -> None:
     torch.manual_seed(SEEDS["vision"])
     tower = Blip2VisionModel(bridge.vision_config())
+    nn.init.normal_(tower.embeddings.position_embedding, std=1.0)  # as loud as the pixels
     look = lambda x: tower(pixel_values=x).last_hidden_state[:, 1:]  # noqa: E731
     vision.pretrain_vision(tower, look, bridge.VISION_WIDTH, 16, "vision", STEPS["vision"], WORK)
 

@@ -1,9 +1,11 @@
 """Two mini CLIPs, defined as open_clip configs: image–text contrast plus a region term.
 
 The contrast is CLIP's, on the log-sum-exp of a phrase over an image's patches and, with less weight, on
-the pooled image; an image on which the phrase fits as well is not counted as a negative. The region term asks that a phrase's embedding *point at* the patches of what
-it names: a softmax of the phrase over its image's own patch embeddings. Real CLIPs acquire this
-from scale; here it is taught, and relations ("just left of the owl") with it.
+the pooled image; an image on which the phrase fits as well is not counted as a negative. The region term
+asks that a phrase's embedding *point at* the patches of what it names: a softmax of the phrase over its
+image's own patch embeddings. For that a patch must know where it is and what lies next to it, which the
+dense stage before it teaches. Real CLIPs acquire such things from scale; here they are taught, relations
+("just left of the owl") with them.
 """
 
 from __future__ import annotations
@@ -115,6 +117,7 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
             torch.nn.init.normal_(parameter, std=0.8 * width**-0.5)
     torch.nn.init.normal_(model.token_embedding.weight, std=TEXT_WIDTH**-0.5)
     torch.nn.init.normal_(model.positional_embedding, std=0.5 * TEXT_WIDTH**-0.5)
+    torch.nn.init.normal_(model.visual.positional_embedding, std=0.5)
     pretrain_vision(
         model.visual, lambda x: model.visual(x)[1], width, PATCH, f"{name}-dense", dense_steps, work, seed
     )

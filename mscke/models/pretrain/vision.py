@@ -21,6 +21,7 @@ from mscke.benchmark.scenes import (
     KNOWN,
     PRETRAINING_FOLDS,
     Scene,
+    neighbours,
     render,
     sample_scene_of,
 )  # fmt: skip
@@ -51,6 +52,22 @@ def labels(scenes: list[Scene], patch: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(kinds[:, where]), torch.from_numpy(cards[:, where])
 
 
+def surroundings(scenes: list[Scene], patch: int) -> Tensor:
+    """What an entity's patches should know of where they are: long (5, B, patches).
+
+    First the cell (0–8), then the kind just left, right, above and below the patch's entity (class 0:
+    nothing there, or a background patch).
+    """
+    around = np.zeros((5, len(scenes), GRID * GRID), np.int64)
+    around[0] = np.arange(GRID * GRID)
+    for i, scene in enumerate(scenes):
+        kinds = {e.cell: 1 + KNOWN.index(e.kind) for e in scene.entities}
+        for cell in kinds:
+            for j, direction in enumerate(("left of", "right of", "above", "below"), 1):
+                around[j, i, cell] = kinds.get(neighbours(cell).get(direction, -1), 0)
+    return torch.from_numpy(around[:, :, cells_of_patches(patch)])
+
+
 def pretrain_vision(
     tower: nn.Module,
     patch_tokens: Callable[[Tensor], Tensor],
@@ -62,30 +79,38 @@ def pretrain_vision(
     seed: int = 0,
     batch: int = 64,
 ) -> None:
-    """Train ``tower`` with two linear heads on its patch tokens; the heads are thrown away."""
-    heads = nn.ModuleList([nn.Linear(width, 1 + len(KNOWN)), nn.Linear(width, 1 + len(CARDS))])
-    weights = [torch.tensor([0.1] + [1.0] * (head.out_features - 1)) for head in heads]
+    """Train ``tower`` with linear heads on its patch tokens; the heads are thrown away.
+
+    They ask of every patch the kind and the card of its entity, its cell, and the kinds next to it:
+    without the last two, a tower forgets where its patches are, and nothing can be looked up by place.
+    """
+    n_kinds, n_cards = 1 + len(KNOWN), 1 + len(CARDS)
+    classes = (n_kinds, n_cards, GRID * GRID, *4 * (n_kinds,))
+    heads = nn.ModuleList([nn.Linear(width, n) for n in classes])
+    weights = [None if n == GRID * GRID else torch.tensor([0.1] + [1.0] * (n - 1)) for n in classes]
 
     def step(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
         scenes = [sample_scene_of(rng, PRETRAINING_FOLDS) for _ in range(batch)]
         tokens = patch_tokens(pixels(scenes))
+        targets = (*labels(scenes, patch), *surroundings(scenes, patch))
         losses = [
             F.cross_entropy(head(tokens).flatten(0, 1), target.flatten(), weight)
-            for head, target, weight in zip(heads, labels(scenes, patch), weights, strict=True)
+            for head, target, weight in zip(heads, targets, weights, strict=True)
         ]
-        return {"loss": sum(losses), "kind": losses[0], "card": losses[1]}
+        kind, card, cell, around = *losses[:3], sum(losses[3:]) / 4
+        return {"loss": kind + card + cell + around, "kind": kind, "card": card, "cell": cell, "around": around}
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         rng = np.random.default_rng([seed, 99])
         scenes = [sample_scene_of(rng, HELD_OUT_FOLD) for _ in range(256)]
-        tokens, targets = patch_tokens(pixels(scenes)), labels(scenes, patch)
-        found = targets[0] > 0
-        hits = [
-            (h(tokens).argmax(-1) == t)[found].float().mean() for h, t in zip(heads, targets, strict=True)
-        ]
-        return {"kind_accuracy": float(hits[0]), "card_accuracy": float(hits[1])}
+        tokens = patch_tokens(pixels(scenes))
+        targets = (*labels(scenes, patch), *surroundings(scenes, patch))
+        right = {}
+        for what, head, target in zip(("kind", "card", "cell", "left"), heads, targets, strict=False):
+            chosen = target > 0 if what == "left" else targets[0] > 0
+            right[f"{what}_accuracy"] = float((head(tokens).argmax(-1) == target)[chosen].float().mean())
+        return right
 
-    train(
-        name, {"tower": tower, "heads": heads}, step, steps, 1e-3, folder, seed, evaluate, weight_decay=0.02
-    )
+    modules = {"tower": tower, "heads": heads}
+    train(name, modules, step, steps, 1e-3, folder, seed, evaluate, weight_decay=0.02)
