@@ -82,9 +82,9 @@ def test_smaller_is_a_prefix(root, tmp_path):
 
 
 @pytest.mark.parametrize(("split", "number", "text"), [
-    ("train", 0, "Name the thing at the top centre. shirt"),
-    ("test", 0, "Tell me what the thing just right of the hat is. shirt"),
-    ("test", 31, "Name the thing on the red card. hat"),
+    ("train", 0, "Tell me what the thing at the middle left is. owl"),
+    ("test", 0, "Tell me what the thing on the blue card is. pig"),
+    ("test", 31, "Tell me what the thing just left of the shoe is. banjo"),
 ])  # fmt: skip
 def test_records_never_move(split, number, text):
     """Committed results are of these records."""
@@ -263,7 +263,7 @@ def test_about_a_quarter_of_the_edits_are_corrections(rows):
 
 def test_counterfactuals_stay_within_and_leave_the_category(both):
     pairs = [(r["meta"]["original"], r["alt"]) for r in both if not r["meta"]["correction"]]
-    assert 0.35 < np.mean([KINDS[a].category == KINDS[b].category for a, b in pairs]) < 0.55
+    assert 0.2 < np.mean([KINDS[a].category == KINDS[b].category for a, b in pairs]) < 0.4
 
 
 # Splits
@@ -326,13 +326,9 @@ def asked(rows, side, hardness=None):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_both_sides_of_the_scope_are_asked_alike(rows, split):
-    """Kinds of reference × attributes: at most 0.16 apart in total variation.
-
-    Of that, 0.12 stays with any number of records: an out-of-scope question may not refer by the
-    edited entity, so fewer of its references are relations.
-    """
+    """Kinds of reference × attributes: drawn alike, so close in total variation."""
     inside, outside = asked(rows[split], "in_scope"), asked(rows[split], "out_of_scope", "other_entity")
-    assert distance(inside, outside) < 0.16
+    assert distance(inside, outside) < 0.11
     assert distance([a for _, a in inside], [a for _, a in outside]) < 0.08
 
 
@@ -340,8 +336,3 @@ def test_hardness_is_shared_out_as_stated(both):
     counts = Counter(r["meta"]["hardness"]["out_of_scope"] for r in both)
     for name, share in OUT_OF_SCOPE.items():
         assert abs(counts[name] / len(both) - share) < 0.04
-
-
-def test_answers_do_not_give_the_side_away(both):
-    yes = [[r[k] for r in both if r[k] in ("yes", "no")] for k in ("fg_gen_a", "fg_loc_a")]
-    assert distance(*yes) < 0.1
