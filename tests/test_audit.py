@@ -54,7 +54,6 @@ def sample(stored, tmp_path_factory):
 @pytest.mark.parametrize("backbone", TRACK.backbones)
 def test_recomputed_rows_are_the_committed_ones(stored, sample, backbone):
     numbers, records = sample
-    torch.set_num_threads(2)
     base = MLLM.from_pretrained(TRACK.backbones[backbone], backbone)
     in_scope = CounterfactualModel.from_pretrained(TRACK.published / f"counterfactual-{backbone.lower()}")
     in_scope.eval().attach(base)

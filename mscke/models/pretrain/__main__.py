@@ -22,8 +22,8 @@ from mscke.models.pretrain import bridge, card, clip, language, text, vision
 
 WORK = ROOT / "outputs" / "pretrain"
 STEPS = {
-    "vision": 700, "opt": 4500, "llama": 2000, "clip-mini-b": 600, "clip-mini-l": 600,
-    "blip2-distil": 500, "blip2-join": 800, "minigpt4-distil": 300, "minigpt4-join": 600,
+    "vision": 700, "opt": 4500, "llama": 2000, "clip-mini-b": 600, "clip-mini-l": 1000,
+    "blip2-distil": 500, "blip2-join": 800, "minigpt4-distil": 300, "minigpt4-join": 400,
 }  # fmt: skip
 DENSE_STEPS = 400
 SEEDS = {

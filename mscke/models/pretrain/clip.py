@@ -27,6 +27,7 @@ from mscke.models.pretrain.text import build_tokenizer
 from mscke.models.pretrain.vision import MEAN, STD, cells_of_patches, pixels, pretrain_vision
 
 PATCH = 16
+NAMES = 0.6  # from this share of the steps on, direct names, which are learned last, get more weight
 TEXT_WIDTH = 128
 SIZES = {  # vision width, vision layers, text layers
     "clip-mini-b": (128, 4, 3),
@@ -62,9 +63,18 @@ def write_config(folder: Path, name: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def sample_phrase(rng: np.random.Generator, scene: Scene) -> tuple[str, int, Reference]:
-    """A text about one entity: (text, its cell, reference). Bare, as a question, or as an edit."""
+def sample_phrase(rng: np.random.Generator, scene: Scene, by_name: float = 0.0) -> tuple[str, int, Reference]:
+    """A text about one entity: (text, its cell, reference). Bare, as a question, or as an edit.
+
+    ``by_name``: share of texts that ask for, or whether there is, something by its name.
+    """
     while True:
+        if by_name and rng.random() < by_name:
+            entity = scene.entities[int(rng.integers(len(scene.entities)))]
+            reference = Reference("name", entity.kind)
+            exists = Question("exists", value=entity.kind, wording=int(rng.integers(6)))
+            text = exists.text() if rng.random() < 0.5 else reference.phrase(int(rng.integers(2)))
+            return text, entity.cell, reference
         if rng.random() < 0.4:
             entity = scene.entities[int(rng.integers(len(scene.entities)))]
             found = references(scene, entity)
@@ -123,9 +133,9 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
     )
     where = torch.from_numpy(cells_of_patches(PATCH))
 
-    def batch(rng, n, folds):
+    def batch(rng, n, folds, by_name=0.0):
         scenes = [sample_scene_of(rng, folds) for _ in range(n)]
-        phrases = [[sample_phrase(rng, s) for _ in range(4)] for s in scenes]
+        phrases = [[sample_phrase(rng, s, by_name) for _ in range(4)] for s in scenes]
         flat = [p for row in phrases for p in row]
         tokens = tokenizer([t for t, _, _ in flat])
         return scenes, flat, tokens
@@ -141,7 +151,7 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
         return own, where == torch.tensor([cell for _, cell, _ in flat]).unsqueeze(1)
 
     def step(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
-        scenes, flat, tokens = batch(rng, 40, PRETRAINING_FOLDS)
+        scenes, flat, tokens = batch(rng, 40, PRETRAINING_FOLDS, by_name=0.35 if progress >= NAMES else 0.0)
         texts, pooled, patches = encode(model, tokens, pixels(scenes))
         every = scores_of(texts, patches)
         scores, inside = pointing(every, flat)
