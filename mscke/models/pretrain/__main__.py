@@ -22,8 +22,8 @@ from mscke.models.pretrain import bridge, card, clip, language, text, vision
 
 WORK = ROOT / "outputs" / "pretrain"
 STEPS = {
-    "vision": 700, "opt": 4500, "llama": 2000, "clip-mini-b": 600, "clip-mini-l": 1000,
-    "blip2-distil": 500, "blip2-join": 800, "minigpt4-distil": 300, "minigpt4-join": 400,
+    "vision": 700, "opt": 4500, "llama": 2000, "clip-mini-b": 600, "clip-mini-l": 650,
+    "blip2-distil": 500, "blip2-join": 800, "minigpt4-distil": 200, "minigpt4-join": 1000,
 }  # fmt: skip
 DENSE_STEPS = 400
 SEEDS = {
@@ -56,7 +56,8 @@ def run_vision() -> None:
     tower = Blip2VisionModel(bridge.vision_config())
     nn.init.normal_(tower.embeddings.position_embedding, std=1.0)  # as loud as the pixels
     look = lambda x: tower(pixel_values=x).last_hidden_state[:, 1:]  # noqa: E731
-    vision.pretrain_vision(tower, look, bridge.VISION_WIDTH, 16, "vision", STEPS["vision"], WORK)
+    heads = vision.DenseHeads(bridge.VISION_WIDTH, 16)
+    vision.pretrain_vision(tower, look, heads, "vision", STEPS["vision"], WORK)
 
 
 def run_language(family: str) -> None:

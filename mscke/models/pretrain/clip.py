@@ -24,10 +24,10 @@ from mscke.benchmark.questions import Question, Reference, Unanswerable, referen
 from mscke.benchmark.scenes import HELD_OUT_FOLD, KINDS, PRETRAINING_FOLDS, Scene, sample_scene_of
 from mscke.models.pretrain.loop import train
 from mscke.models.pretrain.text import build_tokenizer
-from mscke.models.pretrain.vision import MEAN, STD, cells_of_patches, pixels, pretrain_vision
+from mscke.models.pretrain.vision import MEAN, STD, DenseHeads, cells_of_patches, pixels, pretrain_vision
 
 PATCH = 16
-NAMES = 0.6  # from this share of the steps on, direct names, which are learned last, get more weight
+BY_NAME = 0.15  # share of phrases that name a thing directly, beside those drawn among all references
 TEXT_WIDTH = 128
 SIZES = {  # vision width, vision layers, text layers
     "clip-mini-b": (128, 4, 3),
@@ -107,11 +107,11 @@ def fits(reference: Reference, scene: Scene) -> bool:
     return True
 
 
-def encode(model, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(text (T, d), pooled image (B, d), patches (B, P, d)), unnormalised, in the joint space."""
+def encode(model, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(text (T, d), pooled image (B, d), patches (B, P, d)) in the joint space; patch tokens (B, P, d_v)."""
     with torch.autocast("cpu", torch.bfloat16):
-        pooled, patches = model.visual(images)
-        encoded = model.encode_text(tokens), pooled, patches @ model.visual.proj
+        pooled, seen = model.visual(images)
+        encoded = model.encode_text(tokens), pooled, seen @ model.visual.proj, seen
     return tuple(e.float() for e in encoded)
 
 
@@ -128,9 +128,8 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
     torch.nn.init.normal_(model.token_embedding.weight, std=TEXT_WIDTH**-0.5)
     torch.nn.init.normal_(model.positional_embedding, std=0.5 * TEXT_WIDTH**-0.5)
     torch.nn.init.normal_(model.visual.positional_embedding, std=0.5)
-    pretrain_vision(
-        model.visual, lambda x: model.visual(x)[1], width, PATCH, f"{name}-dense", dense_steps, work, seed
-    )
+    heads = DenseHeads(width, PATCH)
+    pretrain_vision(model.visual, lambda x: model.visual(x)[1], heads, f"{name}-dense", dense_steps, work, seed)
     where = torch.from_numpy(cells_of_patches(PATCH))
 
     def batch(rng, n, folds, by_name=0.0):
@@ -151,8 +150,8 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
         return own, where == torch.tensor([cell for _, cell, _ in flat]).unsqueeze(1)
 
     def step(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
-        scenes, flat, tokens = batch(rng, 40, PRETRAINING_FOLDS, by_name=0.35 if progress >= NAMES else 0.0)
-        texts, pooled, patches = encode(model, tokens, pixels(scenes))
+        scenes, flat, tokens = batch(rng, 40, PRETRAINING_FOLDS, by_name=BY_NAME)
+        texts, pooled, patches, seen = encode(model, tokens, pixels(scenes))
         every = scores_of(texts, patches)
         scores, inside = pointing(every, flat)
         region = -scores.log_softmax(-1).masked_fill(~inside, -torch.inf).logsumexp(-1).mean()
@@ -162,16 +161,17 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
         contrast = F.cross_entropy(every.logsumexp(-1).masked_fill(ignored, -torch.inf), own)
         logits = model.logit_scale.exp() * F.normalize(texts, dim=-1) @ F.normalize(pooled, dim=-1).T
         pooled_contrast = F.cross_entropy(logits.masked_fill(ignored, -torch.inf), own)
+        dense = heads(seen, scenes)["loss"]  # or the tower forgets what no phrase asks for at first
         return {
-            "loss": region + contrast + 0.1 * pooled_contrast,
-            "region": region, "contrast": contrast, "pooled": pooled_contrast,
+            "loss": region + contrast + 0.1 * pooled_contrast + dense,
+            "region": region, "contrast": contrast, "pooled": pooled_contrast, "dense": dense,
         }  # fmt: skip
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         rng = np.random.default_rng([seed, 98])
         scenes, flat, tokens = batch(rng, 200, HELD_OUT_FOLD)
-        texts, _, patches = encode(model, tokens, pixels(scenes))
+        texts, _, patches, _ = encode(model, tokens, pixels(scenes))
         scores, inside = pointing(scores_of(texts, patches), flat)
         hit = inside.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)
         kinds = [r.kind for _, _, r in flat]
@@ -180,5 +180,5 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
             result[f"pointing_{kind}"] = float(hit[[k == kind for k in kinds]].float().mean())
         return result
 
-    train(name, {"clip": model}, step, steps, 1e-3, work, seed, evaluate)
+    train(name, {"clip": model, "heads": heads.heads}, step, steps, 1e-3, work, seed, evaluate)
     return model

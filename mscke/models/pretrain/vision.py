@@ -68,49 +68,64 @@ def surroundings(scenes: list[Scene], patch: int) -> Tensor:
     return torch.from_numpy(around[:, :, cells_of_patches(patch)])
 
 
+class DenseHeads(nn.Module):
+    """Linear heads that ask every patch what it is part of; thrown away after pretraining.
+
+    The kind and the card of its entity, its cell, and the kinds next to it: without the last two, a
+    tower forgets where its patches are, and nothing can be looked up by place.
+    """
+
+    def __init__(self, width: int, patch: int):
+        super().__init__()
+        n_kinds, n_cards = 1 + len(KNOWN), 1 + len(CARDS)
+        classes = (n_kinds, n_cards, GRID * GRID, *4 * (n_kinds,))
+        self.patch = patch
+        self.heads = nn.ModuleList([nn.Linear(width, n) for n in classes])
+        self.weights = [None if n == GRID * GRID else torch.tensor([0.1] + [1.0] * (n - 1)) for n in classes]
+
+    def targets(self, scenes: list[Scene]) -> tuple[Tensor, ...]:
+        return (*labels(scenes, self.patch), *surroundings(scenes, self.patch))
+
+    def forward(self, tokens: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
+        """Losses of patch tokens (B, P, width): kind, card, cell, around, and their sum."""
+        losses = [
+            F.cross_entropy(head(tokens).flatten(0, 1), target.flatten(), weight)
+            for head, target, weight in zip(self.heads, self.targets(scenes), self.weights, strict=True)
+        ]
+        kind, card, cell, around = *losses[:3], sum(losses[3:]) / 4
+        return {"loss": kind + card + cell + around, "kind": kind, "card": card, "cell": cell, "around": around}
+
+    @torch.no_grad()
+    def accuracy(self, tokens: Tensor, scenes: list[Scene]) -> dict[str, float]:
+        """On the patches of entities (``left``: of those with something to their left)."""
+        targets, right = self.targets(scenes), {}
+        for what, head, target in zip(("kind", "card", "cell", "left"), self.heads, targets, strict=False):
+            chosen = target > 0 if what == "left" else targets[0] > 0
+            right[f"{what}_accuracy"] = float((head(tokens).argmax(-1) == target)[chosen].float().mean())
+        return right
+
+
 def pretrain_vision(
     tower: nn.Module,
     patch_tokens: Callable[[Tensor], Tensor],
-    width: int,
-    patch: int,
+    heads: DenseHeads,
     name: str,
     steps: int,
     folder: Path,
     seed: int = 0,
     batch: int = 64,
 ) -> None:
-    """Train ``tower`` with linear heads on its patch tokens; the heads are thrown away.
-
-    They ask of every patch the kind and the card of its entity, its cell, and the kinds next to it:
-    without the last two, a tower forgets where its patches are, and nothing can be looked up by place.
-    """
-    n_kinds, n_cards = 1 + len(KNOWN), 1 + len(CARDS)
-    classes = (n_kinds, n_cards, GRID * GRID, *4 * (n_kinds,))
-    heads = nn.ModuleList([nn.Linear(width, n) for n in classes])
-    weights = [None if n == GRID * GRID else torch.tensor([0.1] + [1.0] * (n - 1)) for n in classes]
+    """Train ``tower`` to name what lies under each of its patches."""
 
     def step(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
         scenes = [sample_scene_of(rng, PRETRAINING_FOLDS) for _ in range(batch)]
-        tokens = patch_tokens(pixels(scenes))
-        targets = (*labels(scenes, patch), *surroundings(scenes, patch))
-        losses = [
-            F.cross_entropy(head(tokens).flatten(0, 1), target.flatten(), weight)
-            for head, target, weight in zip(heads, targets, weights, strict=True)
-        ]
-        kind, card, cell, around = *losses[:3], sum(losses[3:]) / 4
-        return {"loss": kind + card + cell + around, "kind": kind, "card": card, "cell": cell, "around": around}
+        return heads(patch_tokens(pixels(scenes)), scenes)
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         rng = np.random.default_rng([seed, 99])
         scenes = [sample_scene_of(rng, HELD_OUT_FOLD) for _ in range(256)]
-        tokens = patch_tokens(pixels(scenes))
-        targets = (*labels(scenes, patch), *surroundings(scenes, patch))
-        right = {}
-        for what, head, target in zip(("kind", "card", "cell", "left"), heads, targets, strict=False):
-            chosen = target > 0 if what == "left" else targets[0] > 0
-            right[f"{what}_accuracy"] = float((head(tokens).argmax(-1) == target)[chosen].float().mean())
-        return right
+        return heads.accuracy(patch_tokens(pixels(scenes)), scenes)
 
-    modules = {"tower": tower, "heads": heads}
+    modules = {"tower": tower, "heads": heads.heads}
     train(name, modules, step, steps, 1e-3, folder, seed, evaluate, weight_decay=0.02)
