@@ -56,7 +56,10 @@ _MINI = {
         "BLIP-2-mini": str(ASSETS / "blip2-mini"),
         "MiniGPT-4-mini": str(ASSETS / "minigpt4-mini"),
     },
-    "clips": {"mini-L": f"local-dir:{ASSETS / 'clip-mini-l'}"},
+    "clips": {
+        "mini-B": f"local-dir:{ASSETS / 'clip-mini-b'}",
+        "mini-L": f"local-dir:{ASSETS / 'clip-mini-l'}",
+    },
     "clip": "mini-L",
 }
 
