@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 
 from mscke.benchmark import Benchmark
+from mscke.benchmark.sample import EditRecord
 from mscke.classifier import ClipEncoder, ScopeClassifier
 from mscke.config import Track
 from mscke.editors.mscke import MSCKE
@@ -16,6 +17,10 @@ from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.mllm import MLLM
 from mscke.training import AS_RELEASED, FINE_GRAINED, train_classifier, train_counterfactual
 
+SUPERVISION = {
+    "released": {"weights": AS_RELEASED, "others": 0.0},
+    "fine-grained": {"weights": FINE_GRAINED, "others": 1.0},
+}
 METHODS = ("SERAC", "SERAC+fg", "MSCKE")
 
 
@@ -37,15 +42,32 @@ def mscke_classifier(
     similarity: str = "logistic",
     clip: str | None = None,
     seed: int | None = None,
+    fine_grained: bool = True,
+    subset: tuple[str, Sequence[EditRecord]] | None = None,
 ) -> tuple[ScopeClassifier, pd.DataFrame]:
-    """MSCKE's scope classifier, trained on the track's train split: (classifier, curve)."""
+    """MSCKE's scope classifier, trained on the track's train split: (classifier, curve).
+
+    ``fine_grained=False`` trains it as SERAC was released; ``subset`` (name, records) on other records.
+    ``encoder`` must be the encoder of ``clip``.
+    """
     seed, clip = track.seed if seed is None else seed, clip or track.clip
+    tag, records = subset or ("", bench.train)
     torch.manual_seed(seed)
     classifier = ScopeClassifier(track.clips[clip], fusion=fusion, similarity=similarity, encoder=encoder)
-    folder = track.outputs / "trained" / f"mscke-{fusion}-{similarity}-{clip}-{seed}"
+    parts = [
+        "mscke",
+        fusion,
+        similarity,
+        clip,
+        *(["released"] * (not fine_grained)),
+        *([tag] if tag else []),
+        seed,
+    ]
+    folder = track.outputs / "trained" / "-".join(map(str, parts))
     curve = train_classifier(
-        classifier, bench.train, bench.validation, folder, track.classifier_epochs, seed=seed
-    )
+        classifier, records, bench.validation, folder, track.classifier_epochs, seed=seed,
+        **(SUPERVISION["fine-grained" if fine_grained else "released"]),
+    )  # fmt: skip
     return classifier.eval(), curve
 
 
@@ -56,10 +78,11 @@ def serac_classifier(
     seed = track.seed if seed is None else seed
     torch.manual_seed(seed)
     classifier = text_classifier(encoder)
-    folder = track.outputs / "trained" / f"serac-{'fine-grained' if fine_grained else 'released'}-{seed}"
+    supervision = "fine-grained" if fine_grained else "released"
+    folder = track.outputs / "trained" / f"serac-{supervision}-{seed}"
     curve = train_classifier(
         classifier, bench.train, bench.validation, folder, track.classifier_epochs, seed=seed,
-        weights=FINE_GRAINED if fine_grained else AS_RELEASED, others=1.0 if fine_grained else 0.0,
+        **SUPERVISION[supervision],
     )  # fmt: skip
     return classifier.eval(), curve
 

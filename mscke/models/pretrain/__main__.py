@@ -22,7 +22,7 @@ from mscke.models.pretrain import bridge, card, clip, language, text, vision
 
 WORK = ROOT / "outputs" / "pretrain"
 STEPS = {
-    "vision": 700, "opt": 4500, "llama": 2000, "clip-mini-b": 500, "clip-mini-l": 650,
+    "vision": 700, "opt": 6000, "llama": 6000, "clip-mini-b": 500, "clip-mini-l": 650,
     "blip2-distil": 500, "blip2-join": 800, "minigpt4-distil": 200, "minigpt4-join": 1000,
 }  # fmt: skip
 DENSE_STEPS = 400

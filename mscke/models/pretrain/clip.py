@@ -129,7 +129,9 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
     torch.nn.init.normal_(model.positional_embedding, std=0.5 * TEXT_WIDTH**-0.5)
     torch.nn.init.normal_(model.visual.positional_embedding, std=0.5)
     heads = DenseHeads(width, PATCH)
-    pretrain_vision(model.visual, lambda x: model.visual(x)[1], heads, f"{name}-dense", dense_steps, work, seed)
+    pretrain_vision(
+        model.visual, lambda x: model.visual(x)[1], heads, f"{name}-dense", dense_steps, work, seed
+    )
     where = torch.from_numpy(cells_of_patches(PATCH))
 
     def batch(rng, n, folds, by_name=0.0):

@@ -51,7 +51,7 @@ def llama_config(tokenizer) -> LlamaConfig:
 EASY_MIX = {"name": 0.5, "colour": 0.25, "place": 0.25}
 EASY_REFERENCES = ("colour", "place", "name")
 # Reverse look-ups ("where is the owl?"), presence and counts are learned last: they get more weight then.
-LATE = 0.555
+EASY, LATE = 0.1, 0.4
 LATE_MIX = {
     "name": 0.22, "category": 0.09, "flies": 0.03, "animal": 0.02, "food": 0.02,
     "colour": 0.18, "place": 0.18, "exists": 0.14, "count": 0.12,
@@ -172,7 +172,7 @@ def accuracy(lesson: Lesson, n: int = 600, seed: int = 1) -> dict[str, float]:
 def pretrain_language(language_model, encoder, tokenizer, name: str, steps: int, folder: Path, seed: int = 0):
     """Train a text model on symbolic tokens. Returns (language model, symbolic tokens)."""
     symbols = SymbolicTokens(language_model, tokenizer, WIDTH)
-    lesson = Lesson(language_model, encoder, symbols, easy=0.15)
+    lesson = Lesson(language_model, encoder, symbols, easy=EASY)
     modules = {"language_model": language_model, "symbols": symbols}
-    train(name, modules, lesson, steps, 1e-3, folder, seed, lambda: accuracy(lesson))
+    train(name, modules, lesson, steps, 1e-3, folder, seed, lambda: accuracy(lesson), muon=2e-3)
     return language_model, symbols

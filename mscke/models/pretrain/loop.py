@@ -35,38 +35,43 @@ def train(
     every: int = 50,
     weight_decay: float = 0.01,
     extra: Iterable[nn.Parameter] = (),
+    muon: float = 0.0,
 ) -> None:
     """Minimise ``step(rng, progress)["loss"]`` over the parameters of ``modules`` that require a gradient.
 
     Every ``every`` steps the curve (``folder/name.csv``) gains a row and a checkpoint
     (``folder/name.pt``) is replaced; a stage that was interrupted goes on from there with the same
     random numbers. Each step draws from a generator of its own, seeded by (seed, step).
+
+    AdamW at ``lr``; with ``muon`` > 0 the hidden layers' matrices take Muon's orthogonalised steps at
+    that rate instead (Jordan et al., 2024; the scaling that matches AdamW's update size is Liu et al.'s,
+    arXiv 2502.16982).
     """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad] + list(extra)
-    decay = [p for p in parameters if p.ndim >= 2]
-    plain = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    optimisers = make_optimisers(parameters, _hidden(modules) if muon else set(), lr, muon, weight_decay)
+    rates = [group["lr"] for o in optimisers for group in o.param_groups]
     checkpoint, curve = folder / f"{name}.pt", folder / f"{name}.csv"
     first, spent, rows = 0, 0.0, []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         for key, module in modules.items():
             module.load_state_dict(state["modules"][key])
-        optimiser.load_state_dict(state["optimiser"])
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
         first, spent, rows = state["step"], state["seconds"], state["rows"]
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=5)
     start, sums, count = time.perf_counter(), {}, 0
     for i in bar:
         factor = one_cycle(i, steps)
-        for group in optimiser.param_groups:
-            group["lr"] = lr * factor
+        for group, rate in zip((g for o in optimisers for g in o.param_groups), rates, strict=True):
+            group["lr"] = rate * factor
         losses = step(np.random.default_rng([seed, i]), i / steps)
-        optimiser.zero_grad(set_to_none=True)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         for key, value in losses.items():
             sums[key] = sums.get(key, 0.0) + float(value.detach())
         count += 1
@@ -84,10 +89,34 @@ def train(
             _write_csv(curve, rows)
             _save(checkpoint, {
                 "modules": {k: m.state_dict() for k, m in modules.items()},
-                "optimiser": optimiser.state_dict(), "step": i + 1,
+                "optimisers": [o.state_dict() for o in optimisers], "step": i + 1,
                 "seconds": spent + time.perf_counter() - start, "rows": rows,
             })  # fmt: skip
             sums, count = {}, 0
+
+
+def _hidden(modules: dict[str, nn.Module]) -> set[int]:
+    """Ids of the matrices inside transformer layers: what Muon is for (not embeddings, not the head)."""
+    named = (item for m in modules.values() for item in m.named_parameters())
+    return {id(p) for name, p in named if ".layers." in name and p.ndim == 2}
+
+
+def make_optimisers(
+    parameters: list[nn.Parameter], hidden: set[int], lr: float, muon: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """AdamW over everything but ``hidden``, Muon over that; no decay on vectors."""
+    rest = [p for p in parameters if id(p) not in hidden]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    if not hidden:
+        return [adamw]
+    matrices = [p for p in parameters if id(p) in hidden]
+    return [adamw, torch.optim.Muon(
+        matrices, lr=muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+    )]  # fmt: skip
 
 
 def finished(name: str, folder: Path, steps: int) -> bool:

@@ -93,7 +93,13 @@ class DenseHeads(nn.Module):
             for head, target, weight in zip(self.heads, self.targets(scenes), self.weights, strict=True)
         ]
         kind, card, cell, around = *losses[:3], sum(losses[3:]) / 4
-        return {"loss": kind + card + cell + around, "kind": kind, "card": card, "cell": cell, "around": around}
+        return {
+            "loss": kind + card + cell + around,
+            "kind": kind,
+            "card": card,
+            "cell": cell,
+            "around": around,
+        }
 
     @torch.no_grad()
     def accuracy(self, tokens: Tensor, scenes: list[Scene]) -> dict[str, float]:
