@@ -89,14 +89,13 @@ def teacher_forced(
 ) -> pd.DataFrame:
     """Token accuracy given the gold prefix; unchanged = the same top-k ids at every position."""
     queries, gold, frame = _queries(records)
-    before, after = base.force(queries, gold), model.force(queries, gold, among)
-    values = []
-    for role, query, a, b in zip(frame["role"], queries, before, after, strict=True):
-        if role in CHANGES:
-            values.append(token_accuracy(b))
-        else:
-            prefix = base.encoder.prefix_length(query.image is not None)
-            values.append(unchanged_share(a, b, TOP_K[role], prefix))
+    after = model.force(queries, gold, among)
+    stays = [i for i, role in enumerate(frame["role"]) if role not in CHANGES]
+    before = dict(zip(stays, base.force([queries[i] for i in stays], [gold[i] for i in stays]), strict=True))
+    values = [token_accuracy(forced) for forced in after]
+    for i in stays:
+        prefix = base.encoder.prefix_length(queries[i].image is not None)
+        values[i] = unchanged_share(before[i], after[i], TOP_K[frame["role"][i]], prefix)
     frame["expected"], frame["answer"], frame["value"] = gold, "", values
     return _named(frame)
 

@@ -23,7 +23,7 @@ from mscke.models.pretrain import bridge, card, clip, language, text, vision
 WORK = ROOT / "outputs" / "pretrain"
 STEPS = {
     "vision": 700, "opt": 6000, "llama": 6000, "clip-mini-b": 500, "clip-mini-l": 650,
-    "blip2-distil": 500, "blip2-join": 800, "minigpt4-distil": 200, "minigpt4-join": 1000,
+    "blip2-distil": 800, "blip2-join": 1200, "minigpt4-distil": 300, "minigpt4-join": 1000,
 }  # fmt: skip
 DENSE_STEPS = 400
 SEEDS = {

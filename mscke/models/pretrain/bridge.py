@@ -92,11 +92,11 @@ def distil(
         rng = np.random.default_rng([seed, 97])
         return {"held_out": float(error([sample_scene_of(rng, HELD_OUT_FOLD) for _ in range(256)]))}
 
-    train(name, {"model": model}, step, steps, 1e-3, folder, seed, evaluate)
+    train(name, {"model": model}, step, steps, 1e-3, folder, seed, evaluate, muon=2e-3)
 
 
 def join(model, encoder, name: str, steps: int, folder: Path, seed: int, qformer: bool = True) -> None:
     """Train text model, projection and (for BLIP-2-mini) Q-Former together, from pixels."""
     freeze(model, qformer=not qformer)
     lesson = Lesson(model.language_model, encoder, looker(model))
-    train(name, {"model": model}, lesson, steps, 5e-4, folder, seed, lambda: accuracy(lesson))
+    train(name, {"model": model}, lesson, steps, 5e-4, folder, seed, lambda: accuracy(lesson), muon=1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -98,7 +99,7 @@ def train(
 def _hidden(modules: dict[str, nn.Module]) -> set[int]:
     """Ids of the matrices inside transformer layers: what Muon is for (not embeddings, not the head)."""
     named = (item for m in modules.values() for item in m.named_parameters())
-    return {id(p) for name, p in named if ".layers." in name and p.ndim == 2}
+    return {id(p) for name, p in named if re.search(r"\.layers?\.\d+\.", name) and p.ndim == 2}
 
 
 def make_optimisers(
@@ -111,9 +112,9 @@ def make_optimisers(
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    if not hidden:
-        return [adamw]
     matrices = [p for p in parameters if id(p) in hidden]
+    if not matrices:
+        return [adamw]
     return [adamw, torch.optim.Muon(
         matrices, lr=muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
     )]  # fmt: skip
