@@ -18,10 +18,13 @@ ENV := .venv/.stamp
 endif
 
 # What each notebook is, and the modules it uses: a change to a figure does not retrain a model.
-NOTEBOOKS := 01_data 02_training 03_main_results
+NOTEBOOKS := 01_data 02_training 03_main_results 04_ablation 05_transfer 06_cost
 ABOUT.01_data         := builds FGVEdit-Scenes and looks at it
 ABOUT.02_training     := trains the scope classifier and the editors that learn
 ABOUT.03_main_results := runs every editor on the test records and makes the paper's main tables
+ABOUT.04_ablation     := takes the scope classifier apart: fusion, CLIP, supervision, vision, threshold
+ABOUT.05_transfer     := moves the classifier to another backbone, to other data, and to many edits at once
+ABOUT.06_cost         := counts parameters and FLOPs, times every part, and grows the memory
 
 REPORT   := $(wildcard mscke/report/figures.py mscke/report/pictures.py mscke/report/tables.py)
 DATA     := $(wildcard mscke/config.py mscke/benchmark/*.py)
@@ -44,7 +47,7 @@ reproduce smoke test: export HF_HUB_DISABLE_PROGRESS_BARS := 1
 # The kernel "python3" is this environment's, even where the user has another of that name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env active-env reproduce test smoke $(NOTEBOOKS:%=smoke-%) pretrain lab lock lint clean
+.PHONY: help env active-env reproduce test smoke $(NOTEBOOKS:%=smoke-%) bench pretrain lab lock lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
@@ -64,6 +67,7 @@ active-env:
 	  || $(PYTHON) -m pip install --no-deps -e .
 
 reproduce: $(NOTEBOOKS:%=$(STAMPS)/%) ## run the notebooks on the mini track, keep their outputs, compare with the paper
+	MSCKE_TRACK=mini $(PYTHON) -m mscke.report.registry
 	@echo "== the paper's numbers, the committed and the regenerated ones"
 	MSCKE_TRACK=mini $(PYTHON) -m mscke.report.verify
 	@echo "== nbval: the notebooks' checked outputs"
@@ -73,6 +77,9 @@ reproduce: $(NOTEBOOKS:%=$(STAMPS)/%) ## run the notebooks on the mini track, ke
 $(STAMPS)/01_data: $(DATA) $(REPORT) mscke/editors/serac.py
 $(STAMPS)/02_training: $(STAMPS)/01_data $(TRAINING)
 $(STAMPS)/03_main_results: $(STAMPS)/02_training $(RESULTS)
+$(STAMPS)/04_ablation: $(STAMPS)/02_training $(RESULTS)
+$(STAMPS)/05_transfer: $(STAMPS)/02_training $(RESULTS)
+$(STAMPS)/06_cost: $(STAMPS)/02_training $(RESULTS)
 
 # The executed notebook, cleaned, replaces its source, which is then newer than the stamp was: hence the last line.
 $(NOTEBOOKS:%=$(STAMPS)/%): $(STAMPS)/%: notebooks/%.ipynb | $(ENV)
@@ -91,12 +98,15 @@ test: $(ENV) ## run the tests, then the notebooks under nbval on a few dozen rec
 smoke: $(NOTEBOOKS:%=smoke-%) ## run the notebooks on a few dozen records into outputs/smoke/notebooks
 
 smoke-02_training: smoke-01_data
-smoke-03_main_results: smoke-02_training
+smoke-03_main_results smoke-04_ablation smoke-05_transfer smoke-06_cost: smoke-02_training
 $(NOTEBOOKS:%=smoke-%): smoke-%: notebooks/%.ipynb | $(ENV)
 	@echo "== $* (smoke): $(ABOUT.$*)"
 	@mkdir -p outputs/smoke/notebooks
 	MSCKE_TRACK=smoke $(PAPERMILL) $< outputs/smoke/notebooks/$*.tmp.ipynb
 	mv outputs/smoke/notebooks/$*.tmp.ipynb outputs/smoke/notebooks/$*.ipynb
+
+bench: $(ENV) ## time ours against the released way again, and write figures/tables/bench.csv
+	MSCKE_TRACK=mini $(PYTHON) -m mscke.evaluation.bench
 
 pretrain: $(ENV) ## pretrain the mini models again and write their weights to mscke/assets
 	$(PYTHON) -m mscke.models.pretrain

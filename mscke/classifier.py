@@ -12,7 +12,7 @@ two embeddings gives ρ ∈ (0, 1). One embedding an (image, text) pair, so a me
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import open_clip
@@ -23,6 +23,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from mscke.benchmark.sample import Query, open_image
+from mscke.models.attention import attend_folded, patch_cosine, sum_patches
 from mscke.models.features import FeatureTable, ImageTable, fingerprint
 
 FUSIONS = ("text", "concat", "dot_pooled", "cross", "dot")
@@ -34,18 +35,18 @@ class Features:
     """Frozen CLIP features of (B) pairs; (I) distinct images are shared between pairs.
 
     ``text`` (B, d) and ``pooled`` (I, d) lie in CLIP's joint space; ``tokens`` (I, P, d_v) are the
-    image's patch tokens and ``keys`` (I, P, d) the same patches in the joint space; ``image`` (B,)
-    says which image a pair has, −1 for none.
+    images' patch tokens; ``image`` (B,) says which image a pair has, −1 for none; ``cosine`` (B, P) is
+    that of the text with each patch of its image in the joint space (anything without an image).
     """
 
     text: Tensor
     image: Tensor
     pooled: Tensor
     tokens: Tensor
-    keys: Tensor
+    cosine: Tensor
 
     def select(self, rows: Tensor) -> Features:
-        return Features(self.text[rows], self.image[rows], self.pooled, self.tokens, self.keys)
+        return replace(self, text=self.text[rows], image=self.image[rows], cosine=self.cosine[rows])
 
 
 class ClipEncoder:
@@ -62,6 +63,7 @@ class ClipEncoder:
         picture = PreprocessCfg(**self.model.visual.preprocess_cfg)
         self.preprocess = image_transform_v2(picture, is_train=False)
         self.patch_dim, self.dim = self.model.visual.proj.shape
+        self.text_dim = self.dim
         key = fingerprint(self.model)
         self.texts = FeatureTable(self._encode_texts, cache and cache / f"clip-text-{key}.safetensors")
         self.images = ImageTable(self._encode_images, cache and cache / f"clip-image-{key}.safetensors")
@@ -72,7 +74,7 @@ class ClipEncoder:
     def _encode_images(self, paths: list[str]) -> tuple[Tensor, Tensor]:
         return self.model.visual(torch.stack([self.preprocess(open_image(p)) for p in paths]))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, queries: Sequence[Query], answers: Sequence[str] | None = None) -> Features:
         """Encode (B) queries; ``answers`` are appended to the text on the edit side."""
         texts = side_texts(queries, answers)
@@ -80,13 +82,14 @@ class ClipEncoder:
         rows = self.texts(texts)
         text = self.texts.columns[0][rows]
         if not paths:
-            nothing = torch.zeros(1, 1, self.patch_dim), torch.zeros(1, 1, self.dim)
-            return Features(text, torch.full((len(texts),), -1), torch.zeros(1, self.dim), *nothing)
+            nothing = torch.zeros(1, self.dim), torch.zeros(1, 1, self.patch_dim), torch.zeros(len(texts), 1)
+            return Features(text, torch.full((len(texts),), -1), *nothing)
         rows = self.images(paths)
         pooled, tokens = (column[rows] for column in self.images.columns)
         place = {path: i for i, path in enumerate(paths)}
         image = torch.tensor([place.get(q.image, -1) for q in queries])
-        return Features(text, image, pooled, tokens, tokens @ self.model.visual.proj)
+        cosine = patch_cosine(text, tokens @ self.model.visual.proj, image)
+        return Features(text, image, pooled, tokens, cosine)
 
 
 def side_texts(queries: Sequence[Query], answers: Sequence[str] | None) -> list[str]:
@@ -129,17 +132,17 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
         self.dim = 2 * width if fusion == "dot_pooled" else width
         encoder = encoder or ClipEncoder(clip, pretrained)
         object.__setattr__(self, "encoder", encoder)  # frozen and shared: not part of the state
-        d, d_v = encoder.dim, encoder.patch_dim
+        d_t, d, d_v = encoder.text_dim, encoder.dim, encoder.patch_dim
         self.no_image = nn.Parameter(torch.randn(d_v) * d_v**-0.5)  # stands for "there is no picture"
         self.temperature = nn.Parameter(torch.tensor(3.0))  # log; of the dot-product attention
-        inputs = {"text": d, "dot_pooled": d, "concat": 2 * d}.get(fusion, 2 * d + d_v)
+        inputs = {"text": d_t, "dot_pooled": d_t, "concat": d_t + d}.get(fusion, d_t + d + d_v)
         self.head = nn.Sequential(
             nn.LayerNorm(inputs), nn.Linear(inputs, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
         if fusion == "dot_pooled":
             self.image_head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, width))
         if fusion == "cross":
-            self.query = nn.Linear(d, d_v)
+            self.query = nn.Linear(d_t, d_v)
             self.attention = nn.MultiheadAttention(d_v, 4, batch_first=True)
         self.scale = nn.Parameter(torch.tensor(1.5))  # log s
         self.margin = nn.Parameter(torch.tensor(1.0))  # m
@@ -161,13 +164,10 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
 
     def attend(self, f: Features) -> tuple[Tensor, Tensor]:
         """What the text attends to: (attended patch tokens (B, d_v), weights (B, P))."""
-        tokens = f.tokens[f.image]
         if self.fusion == "cross":
-            attended, weights = self.attention(self.query(f.text).unsqueeze(1), tokens, tokens)
-            return attended.squeeze(1), weights.squeeze(1)
-        keys, query = F.normalize(f.keys[f.image], dim=-1), F.normalize(f.text, dim=-1)
-        weights = (self.temperature.exp() * (keys @ query.unsqueeze(-1)).squeeze(-1)).softmax(-1)  # (B, P)
-        return (weights.unsqueeze(1) @ tokens).squeeze(1), weights
+            return attend_folded(self.attention, self.query(f.text), f.tokens[f.image])
+        weights = (self.temperature.exp() * f.cosine).softmax(-1)
+        return sum_patches(weights, f.tokens, f.image), weights
 
     def _unit(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1) if self.kind == "logistic" else z

@@ -22,6 +22,8 @@ class Track:
     clip: str  # the one of ``clips`` that MSCKE uses in the main results
     classifier_epochs: int
     counterfactual_epochs: int
+    mend_epochs: int
+    ike_records: int = 150  # validation records on which IKE's number of demonstrations is chosen
     validation: float = 0.1  # share of train
     seed: int = 0
 
@@ -64,8 +66,8 @@ _MINI = {
 }
 
 TRACKS = {
-    "mini": Track("mini", 8334, 2778, **_MINI, classifier_epochs=20, counterfactual_epochs=4),
-    "smoke": Track("smoke", 96, 32, **_MINI, classifier_epochs=2, counterfactual_epochs=1),
+    "mini": Track("mini", 8334, 2778, **_MINI, classifier_epochs=8, counterfactual_epochs=2, mend_epochs=2),
+    "smoke": Track("smoke", 96, 32, **_MINI, classifier_epochs=2, counterfactual_epochs=1, mend_epochs=1),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -29,11 +30,15 @@ AS_RELEASED = (0.5, 0.5, 0.0, 0.0, 1.0)  # SERAC's: the edit and its rephrasing 
 
 def encode_records(classifier: ScopeClassifier, records: Sequence[EditRecord]) -> tuple[Features, Features]:
     """Frozen features of the edits (R) and of their queries (5 R, record by record)."""
-    edits = classifier.encoder(
-        [Query(r.edit.prompt, r.edit.image) for r in records], [r.edit.answer for r in records]
-    )
-    queries = classifier.encoder([r.queries[role] for r in records for role in ROLES])
-    return edits, queries
+    return _encode(classifier.encoder, tuple(records))
+
+
+@functools.lru_cache(maxsize=4)  # classifiers on one encoder, trained or scored in turn, share them
+@torch.inference_mode(False)  # who asks first may only score; who asks next may train
+def _encode(encoder: Callable[..., Features], records: tuple[EditRecord, ...]) -> tuple[Features, Features]:
+    prompts = [Query(r.edit.prompt, r.edit.image) for r in records]
+    edits = encoder(prompts, [r.edit.answer for r in records])
+    return edits, encoder([r.queries[role] for r in records for role in ROLES])
 
 
 def scope_loss(
@@ -51,10 +56,10 @@ def scope_loss(
     per_role = F.binary_cross_entropy_with_logits(own, target, reduction="none").mean(0)
     loss = (per_role * torch.tensor(weights)).sum()
     if others and n > 1:
-        squared = z_edit.square().sum(-1, keepdim=True) + z_query.square().sum(-1) - 2 * z_edit @ z_query.T
-        cross = classifier.logit(squared.clamp(min=0)).unflatten(1, (n, 5))  # (R, R, 5)
-        different = ~torch.eye(n, dtype=torch.bool)
-        loss = loss + others * F.softplus(cross[different][:, :4]).mean()
+        asked = z_query.unflatten(0, (n, 5))[:, :4].flatten(0, 1)  # (4 R, d), visual ones
+        squared = z_edit.square().sum(-1, keepdim=True) + asked.square().sum(-1) - 2 * z_edit @ asked.T
+        strangers = F.softplus(classifier.logit(squared.clamp(min=0))).unflatten(1, (n, 4)).sum(-1)  # (R, R)
+        loss = loss + others * strangers.fill_diagonal_(0).sum() / (4 * n * (n - 1))
     return loss, own
 
 
@@ -75,16 +80,19 @@ def train_classifier(
     The last epoch is kept: nothing is selected. ``folder`` receives the curve, the weights, and a
     checkpoint from which an interrupted or repeated call goes on; ValueError if another run made it.
     """
-    edits, queries = encode_records(classifier, train)
-    held = encode_records(classifier, validation)
+
+    @functools.cache
+    def encoded(held: bool) -> tuple[Features, Features]:  # when first needed: a finished run is only read
+        return encode_records(classifier, validation if held else train)
 
     def loss(rows: Tensor) -> Tensor:
+        edits, queries = encoded(held=False)
         own = (rows.unsqueeze(1) * 5 + torch.arange(5)).flatten()
         return scope_loss(classifier, edits.select(rows), queries.select(own), weights, others)[0]
 
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
-        value, logits = scope_loss(classifier, *held, weights, others=0.0)
+        value, logits = scope_loss(classifier, *encoded(held=True), weights, others=0.0)
         right = ((logits >= 0) == torch.tensor(IN_ROLES)).float().mean(0)
         return {"validation_loss": float(value)} | {
             f"right_{r}": float(v) for r, v in zip(ROLES, right, strict=True)
@@ -186,7 +194,7 @@ def _fit(
             "made_of": made_of, "rows": rows, "model": model.state_dict(),
             "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(),
         }  # fmt: skip
-        _replace(checkpoint, lambda p, state=state: torch.save(state, p))
+        write_whole(checkpoint, lambda p, state=state: torch.save(state, p))
         _publish(model, rows, folder)
     bar.close()
     return pd.DataFrame(rows)
@@ -195,8 +203,8 @@ def _fit(
 def _publish(model: nn.Module, rows: list[dict], folder: Path) -> None:
     """Write weights and curve for others to read."""
     state = {k: v.clone() for k, v in model.state_dict().items()}  # tied ones too: safetensors shares nothing
-    _replace(folder / "model.safetensors", lambda p: save_file(state, p))
-    _replace(folder / "curve.csv", lambda p: pd.DataFrame(rows).to_csv(p, index=False))
+    write_whole(folder / "model.safetensors", lambda p: save_file(state, p))
+    write_whole(folder / "curve.csv", lambda p: pd.DataFrame(rows).to_csv(p, index=False))
 
 
 def _digest(records: Sequence[EditRecord]) -> str:
@@ -208,7 +216,9 @@ def _digest(records: Sequence[EditRecord]) -> str:
     return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """``write`` to a temporary file that then takes ``path``'s place: nothing is ever half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     os.replace(temporary, path)

@@ -65,7 +65,7 @@ def test_cached_features_are_those_computed_anew(clip_name, encoder, queries, tm
     monkeypatch.setattr(ClipEncoder, "_encode_images", never)
     cached = ClipEncoder(clip_name, cache=tmp_path)(queries)
     monkeypatch.undo()
-    for name in ("text", "image", "pooled", "tokens", "keys"):
+    for name in ("text", "image", "pooled", "tokens", "cosine"):
         fresh = getattr(ClipEncoder(clip_name)(queries), name)
         torch.testing.assert_close(getattr(cached, name), fresh, atol=1e-6, rtol=0)
 
@@ -146,10 +146,19 @@ def test_dot_attention_is_a_softmax_over_patches(make, encoder, queries):
         np.testing.assert_allclose(attended[i].detach(), mean, atol=1e-4)
 
 
+def test_cross_attention_is_torchs_own(make, encoder, queries):
+    classifier, f = make("cross"), encoder([q for q in queries if q.image])
+    tokens = f.tokens[f.image]
+    attended, weights = classifier.attend(f)
+    expected, expected_weights = classifier.attention(classifier.query(f.text).unsqueeze(1), tokens, tokens)
+    torch.testing.assert_close(attended, expected.squeeze(1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(weights, expected_weights.squeeze(1), atol=1e-6, rtol=1e-4)
+
+
 def test_attention_over_one_key_is_that_key(make, encoder, queries):
     """Which is why dot-product attention over a single pooled image, as released, is concatenation."""
     classifier, f = make("dot"), encoder([q for q in queries if q.image])
-    one = Features(f.text, f.image, f.pooled, f.tokens[:, :1], f.keys[:, :1])
+    one = Features(f.text, f.image, f.pooled, f.tokens[:, :1], f.cosine[:, :1])
     attended, weights = classifier.attend(one)
     assert torch.equal(weights, torch.ones_like(weights))
     assert torch.equal(attended, f.tokens[f.image, 0])

@@ -136,7 +136,7 @@ def test_interrupted_while_writing_and_resumed(make, fit, tmp_path, monkeypatch,
     """Whichever file is replaced last, what is on disk belongs together."""
     whole = make()
     fit(whole, tmp_path / "whole")
-    interrupt(monkeypatch, "_replace", at)
+    interrupt(monkeypatch, "write_whole", at)
     with pytest.raises(KeyboardInterrupt):
         fit(make(), tmp_path / "part")
     monkeypatch.undo()
@@ -193,7 +193,7 @@ def test_dropout_repeats_and_resumes(dropping, records, tmp_path, monkeypatch):
     curve = fit(whole, tmp_path / "whole")
     assert set(curve.columns) == {"epoch", "loss", *(f"right_{r}" for r in ROLES[:3])}
     assert not whole.training
-    interrupt(monkeypatch, "_replace", 4)  # the second epoch's first file
+    interrupt(monkeypatch, "write_whole", 4)  # the second epoch's first file
     with pytest.raises(KeyboardInterrupt):
         fit(dropping(), tmp_path / "part")
     monkeypatch.undo()

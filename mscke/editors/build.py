@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pandas as pd
 import torch
 
-from mscke.benchmark import Benchmark
-from mscke.benchmark.sample import EditRecord
+from mscke.benchmark import Benchmark, load_benchmark
 from mscke.classifier import ClipEncoder, ScopeClassifier
-from mscke.config import Track
+from mscke.config import Track, get_track
+from mscke.editors.base import Editor
+from mscke.editors.finetune import FineTune
+from mscke.editors.grid import SENTENCES, Shared, Spec
+from mscke.editors.ike import IKE, choose_k
+from mscke.editors.mend import MEND, MendNetworks, train_mend
 from mscke.editors.mscke import MSCKE
-from mscke.editors.serac import MiniLMEncoder, text_classifier
+from mscke.editors.serac import MiniLMEncoder
 from mscke.models.counterfactual import CounterfactualModel
+from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
-from mscke.training import AS_RELEASED, FINE_GRAINED, train_classifier, train_counterfactual
+from mscke.training import train_counterfactual, write_whole
+from mscke.workers import in_processes
 
-SUPERVISION = {
-    "released": {"weights": AS_RELEASED, "others": 0.0},
-    "fine-grained": {"weights": FINE_GRAINED, "others": 1.0},
+SCOPED = {  # the methods with a scope classifier of their own
+    "SERAC": Spec("text", encoder=SENTENCES, supervision="released"),
+    "SERAC+fg": Spec("text", encoder=SENTENCES),
+    "MSCKE": Spec("dot"),
 }
-METHODS = ("SERAC", "SERAC+fg", "MSCKE")
+METHODS = ("FT-LLM", "IKE", "SERAC", "SERAC+fg", "MEND", "MSCKE", "MSCKE-MEND")
 
 
 def load_base(track: Track, backbone: str) -> MLLM:
@@ -31,60 +39,7 @@ def load_base(track: Track, backbone: str) -> MLLM:
 
 def clip_encoder(track: Track, clip: str | None = None) -> ClipEncoder:
     """The frozen CLIP that MSCKE uses, or another of the track's."""
-    return ClipEncoder(track.clips[clip or track.clip], cache=track.features)
-
-
-def mscke_classifier(
-    track: Track,
-    bench: Benchmark,
-    encoder: ClipEncoder,
-    fusion: str = "dot",
-    similarity: str = "logistic",
-    clip: str | None = None,
-    seed: int | None = None,
-    fine_grained: bool = True,
-    subset: tuple[str, Sequence[EditRecord]] | None = None,
-) -> tuple[ScopeClassifier, pd.DataFrame]:
-    """MSCKE's scope classifier, trained on the track's train split: (classifier, curve).
-
-    ``fine_grained=False`` trains it as SERAC was released; ``subset`` (name, records) on other records.
-    ``encoder`` must be the encoder of ``clip``.
-    """
-    seed, clip = track.seed if seed is None else seed, clip or track.clip
-    tag, records = subset or ("", bench.train)
-    torch.manual_seed(seed)
-    classifier = ScopeClassifier(track.clips[clip], fusion=fusion, similarity=similarity, encoder=encoder)
-    parts = [
-        "mscke",
-        fusion,
-        similarity,
-        clip,
-        *(["released"] * (not fine_grained)),
-        *([tag] if tag else []),
-        seed,
-    ]
-    folder = track.outputs / "trained" / "-".join(map(str, parts))
-    curve = train_classifier(
-        classifier, records, bench.validation, folder, track.classifier_epochs, seed=seed,
-        **(SUPERVISION["fine-grained" if fine_grained else "released"]),
-    )  # fmt: skip
-    return classifier.eval(), curve
-
-
-def serac_classifier(
-    track: Track, bench: Benchmark, encoder: MiniLMEncoder, fine_grained: bool, seed: int | None = None
-) -> tuple[ScopeClassifier, pd.DataFrame]:
-    """SERAC's, as released or with MSCKE's supervision: (classifier, curve)."""
-    seed = track.seed if seed is None else seed
-    torch.manual_seed(seed)
-    classifier = text_classifier(encoder)
-    supervision = "fine-grained" if fine_grained else "released"
-    folder = track.outputs / "trained" / f"serac-{supervision}-{seed}"
-    curve = train_classifier(
-        classifier, bench.train, bench.validation, folder, track.classifier_epochs, seed=seed,
-        **SUPERVISION[supervision],
-    )  # fmt: skip
-    return classifier.eval(), curve
+    return Shared.of(track).encoder(clip or "")
 
 
 def counterfactual(
@@ -101,16 +56,79 @@ def counterfactual(
     return model.eval(), curve
 
 
-def classifiers(track: Track, bench: Benchmark) -> dict[str, tuple[ScopeClassifier, pd.DataFrame]]:
-    """The scope classifier of each method with its curve. None depends on a backbone."""
-    minilm, clip = MiniLMEncoder(track.features), clip_encoder(track)
-    return {
-        "SERAC": serac_classifier(track, bench, minilm, fine_grained=False),
-        "SERAC+fg": serac_classifier(track, bench, minilm, fine_grained=True),
-        "MSCKE": mscke_classifier(track, bench, clip),
-    }
+def classifier(track: Track, method: str) -> tuple[ScopeClassifier, pd.DataFrame]:
+    """The scope classifier of one of :data:`SCOPED`, and its curve. None depends on a backbone."""
+    return Shared.of(track).trained(replace(SCOPED[method], seed=track.seed))
 
 
-def editors(base: MLLM, in_scope: CounterfactualModel, scope: dict[str, ScopeClassifier]) -> Sequence[MSCKE]:
-    """One editor a method: they differ in their scope classifier and in nothing else."""
+def classifiers(track: Track) -> dict[str, tuple[ScopeClassifier, pd.DataFrame]]:
+    """All of them by method."""
+    return {method: classifier(track, method) for method in SCOPED}
+
+
+def train_one(track_name: str, method: str, backbone: str | None = None) -> None:
+    """One training of :func:`train`, in a process of its own."""
+    track = get_track(track_name)
+    bench = load_benchmark(track)
+    if backbone is None:
+        classifier(track, method)
+    else:
+        beside = {"MEND": mend, "IKE": ike_choices, "counterfactual": counterfactual}[method]
+        beside(track, bench, load_base(track, backbone))
+
+
+def train(track: Track) -> None:
+    """Train all that the main table needs, two trainings at a time; what is finished already is left."""
+    jobs = [(track.name, method, b) for method in ("MEND", "IKE", "counterfactual") for b in track.backbones]
+    in_processes(train_one, [*jobs, *((track.name, method) for method in SCOPED)], desc="trainings")
+
+
+def mend(
+    track: Track, bench: Benchmark, base: MLLM, seed: int | None = None
+) -> tuple[MendNetworks, pd.DataFrame]:
+    """MEND's editor networks for ``base``: (networks, curve)."""
+    seed = track.seed if seed is None else seed
+    torch.manual_seed(seed)
+    networks = MendNetworks.beside(base)
+    folder = track.outputs / "trained" / f"mend-{base.name}-{seed}"
+    curve = train_mend(
+        MEND(base, networks), bench.train, bench.validation, folder, track.mend_epochs, seed=seed
+    )
+    return networks.eval(), curve
+
+
+def ike_choices(track: Track, bench: Benchmark, backbone: str | MLLM) -> pd.DataFrame:
+    """How IKE does on validation records by its number k of demonstrations, in shares; measured once."""
+    base = load_base(track, backbone) if isinstance(backbone, str) else backbone
+    path = track.outputs / "trained" / f"ike-{base.name}-{fingerprint(base.model)[:8]}" / "validation.csv"
+    if not path.exists():
+        held = bench.validation[: track.ike_records]
+        _, table = choose_k(base, bench.train, MiniLMEncoder(track.features), held)
+        write_whole(path, lambda p: table.to_csv(p, index=False))
+    return pd.read_csv(path)
+
+
+def ike(track: Track, bench: Benchmark, base: MLLM) -> IKE:
+    """IKE with the number of demonstrations that does best on validation."""
+    choices = ike_choices(track, bench, base)
+    return IKE(
+        base, bench.train, MiniLMEncoder(track.features), int(choices.loc[choices["score"].idxmax(), "k"])
+    )
+
+
+def routed(base: MLLM, in_scope: CounterfactualModel, scope: dict[str, ScopeClassifier]) -> list[MSCKE]:
+    """SERAC's and MSCKE's editors: they differ in their scope classifier and in nothing else."""
     return [MSCKE(base, in_scope, classifier, name) for name, classifier in scope.items()]
+
+
+def editors(track: Track, bench: Benchmark, base: MLLM) -> Iterator[Editor]:
+    """Every method of the main table on one backbone, in its order, made when it is reached."""
+    yield FineTune(base)
+    yield ike(track, bench, base)
+    scope = {name: classifier for name, (classifier, _) in classifiers(track).items()}
+    serac, fine_grained, mscke = routed(base, counterfactual(track, bench, base)[0], scope)
+    yield from (serac, fine_grained)
+    networks, _ = mend(track, bench, base)
+    yield MEND(base, networks)
+    yield mscke
+    yield MSCKE(base, MEND(base, networks), scope["MSCKE"], "MSCKE-MEND")

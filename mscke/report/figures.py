@@ -77,15 +77,15 @@ def plot_main_results(
         ours = summary[(summary["backbone"] == backbones[i]) & (summary["metric"] == metrics[j])]
         for row in ours.itertuples():
             place = methods.index(row.method)
-            _interval(ax, place, row.value, row.lo, row.hi, METHOD_COLOURS.get(row.method))
+            draw_interval(ax, place, row.value, row.lo, row.hi, METHOD_COLOURS.get(row.method))
         paired = reported["backbone"] == PAIRED.get(backbones[i], backbones[i])
         theirs = reported[paired & (reported["metric"] == metrics[j]) & reported["method"].isin(methods)]
         rows = [methods.index(method) + 0.3 for method in theirs["method"]]
         ax.plot(theirs["value"], rows, "D", mfc="white", mec="#555555", mew=0.9, ms=3.8, zorder=3)
-        ax.set_title(_label(metrics[j]) if i == 0 else "")
+        ax.set_title(metric_label(metrics[j]) if i == 0 else "")
         if j == 0:
             ax.set_ylabel(backbones[i], fontweight="bold", labelpad=8)
-        _rows(ax, methods)
+        draw_rows(ax, methods)
     for ax in axes[0]:
         low = ax.get_xlim()[0]
         ax.set_xlim(max(-3, 10 * (low // 10) - 3), 103)
@@ -141,14 +141,7 @@ def plot_score_histogram(
         groups.append(("text only", rho_text, TEXT))
     fig, axes = plt.subplots(len(groups), 1, figsize=(5.4, 1.1 * len(groups) + 0.5), sharex=True)
     for ax, (name, rho, colour) in zip(axes, groups, strict=True):
-        rho = np.asarray(rho, float)
-        heights, edges = np.histogram(rho, np.linspace(0, 1, 41))
-        wrong = (edges[:-1] < threshold) == (name == "in scope")
-        shades = [(colour, 0.45 if w else 1.0) for w in wrong]
-        ax.bar(edges[:-1], 100 * heights / len(rho), 1 / 40, align="edge", color=shades)
-        ax.axvline(threshold, color="#222222", lw=1, ls=(0, (4, 3)))
-        right = np.mean(rho >= threshold if name == "in scope" else rho < threshold)
-        ax.set_title(f"{name}: {100 * right:.1f} % on the right side", color=colour, fontsize=8.5, pad=4)
+        draw_scores(ax, name, np.asarray(rho, float), colour, threshold)
     axes[-1].set(xlabel="scope score ρ", xlim=(0, 1))
     fig.supylabel("share of queries (%)", fontsize=9)
     return fig
@@ -183,8 +176,8 @@ def plot_breakdown(
             for k, (name, group) in enumerate(zip(hues, groups, strict=True)):
                 if len(group):
                     mean, lo, hi = (100 * float(v[0]) for v in bootstrap(group[[value]].to_numpy()))
-                    _interval(ax, row + 0.22 * (k - (len(hues) - 1) / 2), mean, lo, hi, colours[name])
-        _rows(ax, names)
+                    draw_interval(ax, row + 0.22 * (k - (len(hues) - 1) / 2), mean, lo, hi, colours[name])
+        draw_rows(ax, names)
         ax.set_title(column.replace("_", " "))
     axes[-1, 0].set_xlabel(label)
     if hue is not None:
@@ -210,13 +203,24 @@ def plot_text_similarity(sim_in: np.ndarray, sim_out: np.ndarray) -> Figure:
     return fig
 
 
-def _interval(ax: Axes, y: float, value: float, lo: float, hi: float, colour: str | None) -> None:
+def draw_scores(ax: Axes, name: str, rho: np.ndarray, colour: str, threshold: float) -> None:
+    """Histogram of scores (n,) in [0, 1], those on the wrong side of the threshold pale."""
+    heights, edges = np.histogram(rho, np.linspace(0, 1, 41))
+    wrong = (edges[:-1] < threshold) == (name == "in scope")
+    shades = [(colour, 0.45 if w else 1.0) for w in wrong]
+    ax.bar(edges[:-1], 100 * heights / len(rho), 1 / 40, align="edge", color=shades)
+    ax.axvline(threshold, color="#222222", lw=1, ls=(0, (4, 3)))
+    right = np.mean(rho >= threshold if name == "in scope" else rho < threshold)
+    ax.set_title(f"{name}: {100 * right:.1f} % on the right side", color=colour, fontsize=8.5, pad=4)
+
+
+def draw_interval(ax: Axes, y: float, value: float, lo: float, hi: float, colour: str | None) -> None:
     """A dot at (value, y) with its interval from lo to hi."""
     ax.hlines(y, lo, hi, color=colour, lw=2, zorder=3)
     ax.plot(value, y, "o", color=colour, ms=5.5, mec="white", mew=0.6, zorder=3.5)
 
 
-def _rows(ax: Axes, names: Sequence[str]) -> None:
+def draw_rows(ax: Axes, names: Sequence[str]) -> None:
     """Name the rows, the first on top, with a light line along each."""
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
@@ -234,6 +238,6 @@ def _levels(column: pd.Series) -> list:
     return sorted(found, key=rank.index) if set(found) <= set(rank) else found
 
 
-def _label(metric: str) -> str:
+def metric_label(metric: str) -> str:
     name, _, index = LABELS.get(metric, metric).partition("_")
     return rf"$\mathbf{{{name}_{{{index}}}}}$" if index else name

@@ -1,7 +1,8 @@
 """Which notebook made which figure or table: ``index.json``, and the ``README.md`` written from it.
 
 :func:`mscke.report.figures.save_figure` and :func:`mscke.report.tables.write_table` register what they
-write when a caption is given; :func:`write_index` then shows it all. Same content, same bytes.
+write when a caption is given; :func:`write_index` (``python -m mscke.report.registry``) then shows it
+all. Same content, same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
-from mscke.config import ROOT
+from mscke.config import ROOT, get_track
 
 HEAD = """# Figures and tables
 
@@ -77,3 +78,7 @@ def _show(folder: Path, name: str, caption: str) -> str:
 
 def _entries(path: Path) -> dict[str, dict[str, str]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+if __name__ == "__main__":
+    print(write_index(get_track().figures))

@@ -36,7 +36,7 @@ def summarise(rows: pd.DataFrame, n_boot: int = 2000, seed: int = 0) -> pd.DataF
     """
     parts = []
     for key, group in rows.groupby(KEYS, sort=False):
-        table = _by_record(group)
+        table = by_record(group)
         mean, lo, hi = 100 * np.stack(bootstrap(table.to_numpy(), n_boot, seed))
         columns = {"metric": table.columns, "value": mean, "lo": lo, "hi": hi, "n": len(table)}
         parts.append(pd.DataFrame(dict(zip(KEYS, key, strict=True)) | columns))
@@ -59,9 +59,14 @@ def bootstrap(
     Every table with the same n sees the same resamples, so intervals of methods are comparable.
     """
     values = np.asarray(values, float)
-    means = _counts(len(values), n_boot, seed) @ values / len(values)  # (n_boot, m)
+    means = resampled_means(values, n_boot, seed)
     lo, hi = np.percentile(means, (2.5, 97.5), axis=0)
     return values.mean(0), lo, hi
+
+
+def resampled_means(values: np.ndarray, n_boot: int = 2000, seed: int = 0) -> np.ndarray:
+    """Column means (n_boot, m) of ``values`` (n, m) over rows drawn with replacement."""
+    return _counts(len(values), n_boot, seed) @ values / len(values)
 
 
 def wide(summary: pd.DataFrame, protocol: str = "generated") -> pd.DataFrame:
@@ -125,8 +130,11 @@ def write_table(
     return path
 
 
-def _by_record(group: pd.DataFrame) -> pd.DataFrame:
-    """One group of rows as (record × metric), specificity added, every cell checked."""
+def by_record(group: pd.DataFrame) -> pd.DataFrame:
+    """One group of rows (one backbone, method, protocol) as (record × metric), every cell checked.
+
+    Specificity is added. Raises ValueError as :func:`summarise` does.
+    """
     where = ", ".join(str(v) for v in group[KEYS].iloc[0])
     double = group[group.duplicated(["record", "metric"])]
     if len(double):

@@ -22,8 +22,8 @@ from mscke.models.pretrain import bridge, card, clip, language, text, vision
 
 WORK = ROOT / "outputs" / "pretrain"
 STEPS = {
-    "vision": 700, "opt": 6000, "llama": 6000, "clip-mini-b": 500, "clip-mini-l": 650,
-    "blip2-distil": 800, "blip2-join": 1200, "minigpt4-distil": 300, "minigpt4-join": 1000,
+    "vision": 700, "opt": 6000, "opt-neighbours": 1200, "llama": 6000, "llama-neighbours": 1200, "clip-mini-b": 500, "clip-mini-l": 650,
+    "blip2-distil": 800, "blip2-join": 1200, "minigpt4-distil": 300, "minigpt4-join": 700,
 }  # fmt: skip
 DENSE_STEPS = 400
 SEEDS = {
@@ -66,14 +66,20 @@ def run_language(family: str) -> None:
     language.pretrain_language(
         language_model(family), encoder(family), tokenizer, family, STEPS[family], WORK
     )
+    model, symbols = symbolic(family, strict=False)
+    name = f"{family}-neighbours"
+    language.learn_neighbours(model, symbols, encoder(family), name, STEPS[name], WORK, SEEDS[family])
 
 
-def symbolic(family: str) -> tuple[nn.Module, nn.Module]:
-    """The text model of a finished language stage and its symbolic tokens."""
-    model, state = language_model(family), stage_state(family)
-    symbols = language.SymbolicTokens(model, text.build_tokenizer(), language.WIDTH)
+def symbolic(stage: str, strict: bool = True) -> tuple[nn.Module, language.NeighbourTokens]:
+    """The text model of a finished language stage and its symbolic tokens.
+
+    Not ``strict``: the stage's tokens did not tell of their neighbours yet.
+    """
+    model, state = language_model(stage.split("-")[0]), stage_state(stage)
+    symbols = language.NeighbourTokens(model, text.build_tokenizer(), language.WIDTH)
     model.load_state_dict(state["language_model"])
-    symbols.load_state_dict(state["symbols"])
+    symbols.load_state_dict(state["symbols"], strict=strict)
     return model, symbols
 
 
@@ -83,7 +89,7 @@ def run_blip2() -> None:
     tokenizer = text.build_tokenizer()
     tower = Blip2VisionModel(bridge.vision_config())
     tower.load_state_dict(stage_state("vision")["tower"])
-    lm, symbols = symbolic("opt")
+    lm, symbols = symbolic("opt-neighbours")
     model = bridge.assemble(tower, lm, tokenizer)
     bridge.distil(model, symbols, "blip2-distil", STEPS["blip2-distil"], WORK, SEEDS["blip2"])
     bridge.join(model, encoder("opt"), "blip2-join", STEPS["blip2-join"], WORK, SEEDS["blip2"])
@@ -97,7 +103,7 @@ def run_minigpt4() -> None:
         Blip2VisionModel(bridge.vision_config()), language_model("opt"), text.build_tokenizer()
     )
     blip2.load_state_dict(stage_state("blip2-join")["model"])
-    lm, symbols = symbolic("llama")
+    lm, symbols = symbolic("llama-neighbours")
     model = bridge.assemble(blip2.vision_model, lm, text.build_tokenizer())
     model.qformer.load_state_dict(blip2.qformer.state_dict())
     model.query_tokens.data.copy_(blip2.query_tokens)

@@ -103,8 +103,8 @@ def measure(assets: Path) -> dict[str, dict]:
 
 
 PARTS = {
-    "BLIP-2-mini": ("blip2-mini", ("vision", "opt", "blip2-distil", "blip2-join")),
-    "MiniGPT-4-mini": ("minigpt4-mini", ("llama", "minigpt4-distil", "minigpt4-join")),
+    "BLIP-2-mini": ("blip2-mini", ("vision", "opt", "opt-neighbours", "blip2-distil", "blip2-join")),
+    "MiniGPT-4-mini": ("minigpt4-mini", ("llama", "llama-neighbours", "minigpt4-distil", "minigpt4-join")),
     "clip-mini-b": ("clip-mini-b", ("clip-mini-b-dense", "clip-mini-b")),
     "clip-mini-l": ("clip-mini-l", ("clip-mini-l-dense", "clip-mini-l")),
 }

@@ -18,8 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, OPTConfig
 
-from mscke.benchmark.questions import sample_question
-from mscke.benchmark.scenes import HELD_OUT_FOLD, KNOWN, PRETRAINING_FOLDS, Scene, sample_scene_of
+from mscke.benchmark.questions import OPPOSITE, sample_question
+from mscke.benchmark.scenes import (
+    HELD_OUT_FOLD,
+    KNOWN,
+    PRETRAINING_FOLDS,
+    Scene,
+    neighbours,
+    sample_scene_of,
+)
 from mscke.models.mllm import Batch, PromptEncoder, embed
 from mscke.models.pretrain.loop import train
 from mscke.models.pretrain.text import sample_episode, sample_fact
@@ -51,12 +58,18 @@ def llama_config(tokenizer) -> LlamaConfig:
 EASY_MIX = {"name": 0.5, "colour": 0.25, "place": 0.25}
 EASY_REFERENCES = ("colour", "place", "name")
 # Reverse look-ups ("where is the owl?"), presence and counts are learned last: they get more weight then.
-EASY, LATE = 0.1, 0.4
+# Last come what takes two steps: to look a neighbour up and then read it, and to count.
+EASY, LATE, LAST = 0.1, 0.4, 0.55
 LATE_MIX = {
     "name": 0.22, "category": 0.09, "flies": 0.03, "animal": 0.02, "food": 0.02,
     "colour": 0.18, "place": 0.18, "exists": 0.14, "count": 0.12,
 }  # fmt: skip
 LATE_REFERENCES = {"colour": 1.0, "place": 1.0, "relation": 2.0, "category": 0.6, "name": 3.0}
+LAST_MIX = {
+    "name": 0.26, "category": 0.1, "flies": 0.03, "animal": 0.02, "food": 0.02,
+    "colour": 0.2, "place": 0.07, "exists": 0.1, "count": 0.2,
+}  # fmt: skip
+LAST_REFERENCES = {"colour": 0.5, "place": 0.5, "relation": 5.0, "category": 0.5, "name": 2.0}
 
 
 class SymbolicTokens(nn.Module):
@@ -84,8 +97,35 @@ class SymbolicTokens(nn.Module):
     def forward(self, scenes: list[Scene]) -> Tensor:
         kinds, cards = (torch.from_numpy(a) for a in self.ids(scenes))
         words = self._words()
-        content = words(kinds.clamp(min=0)) + words(cards.clamp(min=0))
-        return torch.where((kinds >= 0).unsqueeze(-1), content, self.empty) + self.cells
+        names = words(kinds.clamp(min=0))
+        there = (kinds >= 0).unsqueeze(-1)
+        content = torch.where(there, names + words(cards.clamp(min=0)), self.empty)
+        return content + self.cells + self.beside(names * there)
+
+    def beside(self, names: Tensor) -> Tensor | float:
+        """What a cell's token says of the cells next to it; ``names`` (B, 9, d), zero where empty."""
+        return 0.0
+
+
+class NeighbourTokens(SymbolicTokens):
+    """Symbolic tokens that also tell what lies next to their cell, as a real image's tokens do.
+
+    "Just left of the owl" is then one look-up (the cell with an owl on its right), not two. Four linear
+    maps, one a direction, zero at first: a model that reads plain tokens can go on from there.
+    """
+
+    def __init__(self, language_model: nn.Module, tokenizer, width: int):
+        super().__init__(language_model, tokenizer, width)
+        self.maps = nn.Parameter(torch.zeros(len(OPPOSITE), width, width))
+
+    def beside(self, names: Tensor) -> Tensor:
+        nothing = names.new_zeros(len(names), 1, names.shape[-1])
+        around = torch.cat([names, nothing], 1)[:, NEXT_TO]  # (B, 9, 4, d)
+        return torch.einsum("bcnd,nde->bce", around, self.maps)
+
+
+# (9, 4): the cell next to each cell by direction; a tenth, empty one stands for "outside"
+NEXT_TO = torch.tensor([[neighbours(cell).get(way, N_CELLS) for way in OPPOSITE] for cell in range(N_CELLS)])
 
 
 def answer_loss(
@@ -118,7 +158,7 @@ class Lesson:
         easy = progress < self.easy  # look one thing up first; relations, counts and contexts come later
         mix, kinds, weights = (EASY_MIX, EASY_REFERENCES, None) if easy else (None, (), None)
         if progress >= LATE:
-            mix, weights = LATE_MIX, LATE_REFERENCES
+            mix, weights = (LAST_MIX, LAST_REFERENCES) if progress >= LAST else (LATE_MIX, LATE_REFERENCES)
         questions = [
             (s, sample_question(rng, s, mix, kinds, weights)) for s in scenes for _ in range(self.questions)
         ]
@@ -176,3 +216,22 @@ def pretrain_language(language_model, encoder, tokenizer, name: str, steps: int,
     modules = {"language_model": language_model, "symbols": symbols}
     train(name, modules, lesson, steps, 1e-3, folder, seed, lambda: accuracy(lesson), muon=2e-3)
     return language_model, symbols
+
+
+def learn_neighbours(
+    language_model, symbols: NeighbourTokens, encoder, name: str, steps: int, folder, seed=0
+):
+    """Go on with tokens that tell of their neighbours, on the last stage's mix of questions."""
+    lesson = Lesson(language_model, encoder, symbols)
+    modules = {"language_model": language_model, "symbols": symbols}
+    train(
+        name,
+        modules,
+        lambda rng, _: lesson(rng),
+        steps,
+        1e-3,
+        folder,
+        seed,
+        lambda: accuracy(lesson),
+        muon=2e-3,
+    )

@@ -1,0 +1,190 @@
+"""Edits as updates ΔW of linear layers, every row of a batch under its own; the model is never copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mscke.benchmark.sample import Query
+from mscke.models.mllm import MLLM, Forced, embed, generate, in_batches, teacher_force
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Updates ``weight`` (E, out, in), one an edit. Called with x (E, L, in): ΔW x, (E, L, out)."""
+
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __getitem__(self, rows: Tensor) -> Dense:
+        return Dense(self.weight[rows])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.to(self.weight) @ self.weight.mT
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Updates Σ_t left_t right_tᵀ, one an edit: ``left`` (E, T, out), ``right`` (E, T, in)."""
+
+    left: Tensor
+    right: Tensor
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def __getitem__(self, rows: Tensor) -> LowRank:
+        return LowRank(self.left[rows], self.right[rows])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x.to(self.right) @ self.right.mT) @ self.left
+
+    def dense(self) -> Tensor:
+        """The updates (E, out, in) themselves."""
+        return self.left.mT @ self.right
+
+
+Deltas = dict[str, Dense | LowRank]  # by the name of the nn.Linear within the language model
+
+
+def matrices(language_model: nn.Module, layers: int) -> list[str]:
+    """Names of the linear maps of the MLPs in the last ``layers`` decoder layers."""
+    last = {m for layer in language_model.get_decoder().layers[-layers:] for m in layer.modules()}
+    linear = [n for n, m in language_model.named_modules() if isinstance(m, nn.Linear) and m in last]
+    return [n for n in linear if "attn" not in n]
+
+
+@contextmanager
+def applied(language_model: nn.Module, deltas: Deltas) -> Iterator[None]:
+    """Within it, row b of every batch runs under the b-th edit of ``deltas``, or all under its only one."""
+
+    def adds(delta: Dense | LowRank) -> Callable:
+        def hook(_: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+            x = args[0].reshape(len(delta), -1, args[0].shape[-1])  # OPT's MLP folds batch and length
+            return output + delta(x).reshape(output.shape).to(output.dtype)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, delta in deltas.items():
+            stack.enter_context(language_model.get_submodule(name).register_forward_hook(adds(delta)))
+        yield
+
+
+class DeltaModel:
+    """The base model under E edits (:class:`mscke.editors.base.EditedModel`).
+
+    ``deltas`` gives the updates of some edits, long (U,); it is asked batch by batch, so that those
+    of many edits need not exist at once. A single edit is in force for every query.
+    """
+
+    def __init__(self, base: MLLM, n: int, deltas: Callable[[Tensor], Deltas], batch_size: int = 512):
+        self.base, self.n, self.deltas, self.batch_size = base, n, deltas, batch_size
+
+    def answer(self, queries: Sequence[Query], among: Tensor | None = None) -> list[str]:
+        return self._ask(generate, among, queries)
+
+    def force(
+        self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None
+    ) -> list[Forced]:
+        ids = [self.base.encoder.answer(a, eos=False) for a in answers]
+        return self._ask(teacher_force, among, queries, ids)
+
+    def _ask(self, ask: Callable, among: Tensor | None, queries: Sequence[Query], *extra: list) -> list:
+        """``ask`` the language model batch by batch; ValueError if it is unclear which edit is in force."""
+        if among is None and self.n != 1:
+            raise ValueError(
+                f"{self.n} edits make {self.n} models: say with `among` which one each query is for"
+            )
+        among = torch.zeros(len(queries), dtype=torch.long) if among is None else among
+        language_model, results = self.base.model.language_model, []
+        for part in in_batches(len(queries), self.batch_size):
+            edits, rows = among[part].unique(return_inverse=True)
+            deltas, asked = self.deltas(edits), queries[part]
+            if len(edits) > 1:
+                deltas = {name: delta[rows] for name, delta in deltas.items()}
+            inputs = (self.base.prompts(asked), *(e[part] for e in extra), self.base.see(asked))
+            with applied(language_model, deltas):
+                results += ask(language_model, self.base.encoder, *inputs)
+        return results
+
+
+Checkpoints = Iterator[
+    tuple[int, DeltaModel]
+]  # sequential edits: (N, the model after N of them), N ascending
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Prompts and their answers as a language model reads them, padded on the left.
+
+    ``embedded`` (B, L, d), ``mask`` (B, L) long; the last T positions predict the answers and their
+    end token: ``labels`` (B, T) long, −100 where an answer is shorter.
+    """
+
+    embedded: Tensor
+    mask: Tensor
+    labels: Tensor
+
+    def __getitem__(self, rows: Tensor | slice) -> Reading:
+        return Reading(self.embedded[rows], self.mask[rows], self.labels[rows])
+
+    @property
+    def inputs(self) -> dict:
+        """What to call a language model with for logits (B, T, vocabulary)."""
+        return {
+            "inputs_embeds": self.embedded, "attention_mask": self.mask, "use_cache": False,
+            "logits_to_keep": self.labels.shape[1],
+        }  # fmt: skip
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Cross-entropy (B), mean over each answer's tokens."""
+        per_token = F.cross_entropy(logits.float().mT, self.labels, reduction="none")
+        return per_token.sum(1) / (self.labels >= 0).sum(1)
+
+
+@torch.no_grad()
+def read(base: MLLM, queries: Sequence[Query], answers: Sequence[str]) -> Reading:
+    """Questions and answers (B) in the base model's prompt format, on its device."""
+    encoder, language_model = base.encoder, base.model.language_model
+    ids = [encoder.answer(a) for a in answers]
+    batch, device = encoder.collate(base.prompts(queries), ids, left=True), language_model.device
+    embedded = embed(language_model, batch.ids.to(device), encoder.image_id, base.see(queries))
+    labels = batch.labels[:, -max(map(len, ids)) :]
+    return Reading(embedded, batch.mask.to(device), labels.to(device))
+
+
+def gradient(language_model: nn.Module, names: Sequence[str], reading: Reading) -> tuple[Tensor, Deltas]:
+    """Each row's loss (B) and its gradient by the named matrices, in its rank-one factors.
+
+    A linear map's gradient is Σ_t δ_t u_tᵀ: ``left`` the loss's gradient δ by the map's outputs,
+    ``right`` its inputs u, at every position t. Both float32.
+    """
+    seen = {}
+
+    def keeps(name: str) -> Callable:
+        def hook(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            seen[name] = args[0].detach(), output.requires_grad_()
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for name in names:
+            stack.enter_context(language_model.get_submodule(name).register_forward_hook(keeps(name)))
+        losses = reading.loss(language_model(**reading.inputs).logits)
+        left = torch.autograd.grad(losses.sum(), [output for _, output in seen.values()])
+    factors = {name: (y, u) for (name, (u, _)), y in zip(seen.items(), left, strict=True)}
+    rows = len(losses)
+    return losses.detach(), {
+        name: LowRank(*(f.reshape(rows, -1, f.shape[-1]).float() for f in pair))
+        for name, pair in factors.items()
+    }

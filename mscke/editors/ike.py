@@ -1,0 +1,175 @@
+"""IKE (Zheng et al., EMNLP 2023, arXiv:2305.12740): editing by what stands in the context; nothing is trained.
+
+The prompt holds k demonstrations, then the edit as a new fact, then the question::
+
+    New Fact: {t_k} {y_k}\\nPrompt: Question: {q_k} Short answer: {a_k}\\n\\n      the k-th nearest
+    …
+    New Fact: {t_e} {y_e}\\nPrompt: Question: {t} Short answer:
+
+The demonstrations are text, as released: only the question's own image is seen. Every question is asked
+in this context, whether the edit bears on it or not. What a demonstration asks follows its rank
+(:data:`ROTATION`), so that every context shows copying, updating and retaining.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mscke.benchmark.sample import EditRecord, Query
+from mscke.editors.serac import MiniLMEncoder
+from mscke.models.mllm import (
+    IN_CONTEXT,
+    MLLM,
+    TEMPLATE,
+    Forced,
+    generate,
+    in_batches,
+    normalise_answer,
+    teacher_force,
+)
+from mscke.training import IN_ROLES, ROLES
+
+# What the nearest demonstration asks, the second nearest, …: IKE's 1 copy : 3 updates : 4 retained
+ROTATION = (
+    "in_scope", "out_of_scope", "generality", "locality", "in_scope", "out_of_scope", "reliability", "locality",
+)  # fmt: skip
+TOKENS = 32_768  # of a batch: contexts are long
+NEW_TOKENS = 6  # room for the answer
+
+
+def demonstration(record: EditRecord, role: str) -> str:
+    """One solved case: the record's edit, one of its questions, and what an ideal edited model answers."""
+    fact = IN_CONTEXT.format(record.edit.prompt, record.edit.answer)
+    return f"{fact}{TEMPLATE.format(record.queries[role].question)} {record.answers[role]}\n\n"
+
+
+def largest_k(base: MLLM, records: Sequence[EditRecord]) -> int:
+    """How many demonstrations drawn from ``records`` fit into the model's positions, whichever they are.
+
+    The edit with its question and answer takes at most the place of one more.
+    """
+    texts = [demonstration(record, role) for record in records for role in ROLES]
+    longest = max(map(len, base.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    limit = base.model.config.text_config.max_position_embeddings
+    return max(0, (limit - base.encoder.prefix_length(True) - NEW_TOKENS) // longest - 1)
+
+
+class InContextModel:
+    """The base model with one edit's context before each question."""
+
+    def __init__(self, base: MLLM, contexts: list[str], nearest: Callable[[Sequence[Query]], Tensor]):
+        self.base, self.contexts, self.nearest = base, contexts, nearest
+
+    def prompts(self, queries: Sequence[Query], among: Tensor | None = None) -> list[list[int]]:
+        """Token ids of (B) conditioned prompts; without ``among`` the edit whose text is nearest is told.
+
+        Raises ValueError for a prompt that the model has not the positions for.
+        """
+        if not self.contexts:
+            return self.base.prompts(queries)
+        rows = self.nearest(queries) if among is None else among
+        prompts = self.base.prompts(queries, [self.contexts[i] for i in rows.tolist()])
+        limit = self.base.model.config.text_config.max_position_embeddings - NEW_TOKENS
+        if (longest := max(map(len, prompts), default=0)) > limit:
+            raise ValueError(f"a prompt of {longest} tokens exceeds {limit}: lower k (see largest_k)")
+        return prompts
+
+    def answer(self, queries: Sequence[Query], among: Tensor | None = None) -> list[str]:
+        """Greedy answers (B), normalised."""
+        prompts, base = self.prompts(queries, among), self.base
+
+        def ask(rows: list[int]) -> list[str]:
+            visual = base.see([queries[i] for i in rows])
+            return generate(base.model.language_model, base.encoder, [prompts[i] for i in rows], visual)
+
+        return _by_length(prompts, ask)
+
+    def force(
+        self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None
+    ) -> list[Forced]:
+        """Teacher-forced predictions of (B) gold answers."""
+        prompts, base = self.prompts(queries, among), self.base
+        gold = [base.encoder.answer(a, eos=False) for a in answers]
+
+        def ask(rows: list[int]) -> list[Forced]:
+            visual = base.see([queries[i] for i in rows])
+            texts = [prompts[i] for i in rows], [gold[i] for i in rows]
+            return teacher_force(base.model.language_model, base.encoder, *texts, visual)
+
+        return _by_length(prompts, ask)
+
+
+def _by_length(prompts: list[list[int]], ask: Callable[[list[int]], list]) -> list:
+    """``ask`` of all rows in batches of about one length, results in the order of ``prompts``."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    longest = max(map(len, prompts), default=1)
+    found = [result for part in in_batches(len(order), TOKENS // longest) for result in ask(order[part])]
+    return [found[place] for place in sorted(range(len(order)), key=order.__getitem__)]
+
+
+class IKE:
+    """Tells the base model each edit in context, after the ``k`` nearest of ``demonstrations``.
+
+    Nearest by cosine of all-MiniLM-L6-v2 embeddings of "prompt answer"; the demonstrations' are computed
+    once, and a search is one matrix product. They must not be the records that are edited.
+    """
+
+    name = "IKE"
+
+    def __init__(self, base: MLLM, demonstrations: Sequence[EditRecord], encoder: MiniLMEncoder, k: int):
+        self.base, self.demonstrations, self.encoder, self.k = base, demonstrations, encoder, k
+        self.matrix = self._embed(demonstrations)  # (R, 384), unit rows
+
+    def _embed(self, records: Sequence[EditRecord]) -> Tensor:
+        return self.encoder([Query(r.edit.prompt) for r in records], [r.edit.answer for r in records]).text
+
+    def neighbours(self, records: Sequence[EditRecord]) -> Tensor:
+        """Rows (B, k) of the demonstrations nearest to each record's edit, the nearest first."""
+        return (self._embed(records) @ self.matrix.T).topk(min(self.k, len(self.matrix))).indices
+
+    def context(self, record: EditRecord, rows: Sequence[int]) -> str:
+        """Demonstrations, the nearest last, and the edit as a new fact."""
+        cases = [
+            demonstration(self.demonstrations[row], ROTATION[rank % len(ROTATION)])
+            for rank, row in enumerate(rows)
+        ]
+        return "".join(reversed(cases)) + IN_CONTEXT.format(record.edit.prompt, record.edit.answer)
+
+    def edit(self, records: Sequence[EditRecord]) -> InContextModel:
+        """Write the context of each record's edit; the base model stays as it is."""
+        found, edits = self.neighbours(records).tolist(), self._embed(records)
+        contexts = [self.context(record, rows) for record, rows in zip(records, found, strict=True)]
+        return InContextModel(self.base, contexts, lambda q: (self.encoder(q).text @ edits.T).argmax(1))
+
+
+def choose_k(
+    base: MLLM,
+    demonstrations: Sequence[EditRecord],
+    encoder: MiniLMEncoder,
+    validation: Sequence[EditRecord],
+    ks: Sequence[int] = (0, 1, 2, 4, 8, 16, 32),
+) -> tuple[int, pd.DataFrame]:
+    """The number of demonstrations that does best on ``validation``: (k, a row a k that fits).
+
+    Best by the mean of the paper's four metrics on generated answers: Reliability, Generality, Locality
+    and Specificity. A k that does not fit becomes :func:`largest_k`.
+    """
+    queries = [r.queries[role] for r in validation for role in ROLES]
+    gold = [normalise_answer(r.answers[role]) for r in validation for role in ROLES]
+    changes = IN_ROLES * len(validation)
+    expected = [g if c else b for g, b, c in zip(gold, base.answer(queries), changes, strict=True)]
+    among, rows = torch.arange(len(validation)).repeat_interleave(len(ROLES)), []
+    limit = largest_k(base, demonstrations)
+    for k in sorted({min(k, limit) for k in ks}):
+        answers = IKE(base, demonstrations, encoder, k).edit(validation).answer(queries, among)
+        right = torch.tensor([a == e for a, e in zip(answers, expected, strict=True)])
+        share = dict(zip(ROLES, right.float().view(-1, len(ROLES)).mean(0).tolist(), strict=True))
+        specificity = (share["in_scope"] + share["out_of_scope"]) / 2
+        score = (share["reliability"] + share["generality"] + share["locality"] + specificity) / 4
+        rows.append({"k": k} | share | {"specificity": specificity, "score": score})
+    table = pd.DataFrame(rows)
+    return int(table.loc[table["score"].idxmax(), "k"]), table

@@ -1,0 +1,202 @@
+"""Ours against the released way of doing the same: ``python -m mscke.evaluation.bench`` (``make bench``).
+
+Each row of ``figures/tables/bench.csv`` (name, n, ours, baseline, ratio, unit) is timed in one process, the
+two ways in turns, as the median of the rounds:
+
+* ``route``: one query against a memory of n edits. Ours embeds the query and searches a matrix; the
+  released way encodes the whole memory again for each query;
+* ``evaluate``: n records edited and asked, in one batch or one by one: as released (query after query,
+  nothing kept), and as ``evaluate_records`` (record after record, what was computed is kept);
+* ``finetune``: n edits fine-tuned at once, or in a loop.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mscke.benchmark import Benchmark, load_benchmark
+from mscke.benchmark.sample import EditRecord, Query, open_image
+from mscke.classifier import ScopeClassifier, side_texts
+from mscke.config import Track, get_track
+from mscke.editors import build
+from mscke.editors.finetune import FineTune
+from mscke.editors.mscke import MSCKE
+from mscke.evaluation.cost import in_turns
+from mscke.evaluation.protocol import evaluate
+from mscke.memory import EditMemory
+from mscke.models.features import FeatureTable, ImageTable
+from mscke.models.mllm import MLLM
+from mscke.training import write_whole
+
+SIZES = (1, 10, 100, 1_000, 10_000, 100_000)
+POOL = 64  # edits that stand for all when a memory is encoded again; also the batch that they go in
+N_RECORDS = 64  # that are evaluated and fine-tuned
+BUDGET = 60.0  # seconds a comparison of those
+PATIENCE = 5.0  # seconds a query, after which the released way is not measured further
+
+
+def compare(
+    name: str, n: int, unit: str, ways: Mapping[str, Callable[[], object]], per: int = 1, **timing
+) -> list[dict]:
+    """Time ``ways`` in turns: a row for each of them but "ours", of seconds divided by ``per``.
+
+    "baseline" goes by ``name``, any other by ``name``_way; with "ours" alone the baseline is missing.
+    """
+    taken = {way: float(np.median(seconds)) / per for way, seconds in in_turns(ways, **timing).items()}
+    ours = taken.pop("ours")
+    return [
+        {
+            "name": name if way == "baseline" else f"{name}_{way}", "n": n, "ours": ours,
+            "baseline": seconds, "ratio": seconds / ours, "unit": f"s/{unit}",
+        }
+        for way, seconds in (taken or {"baseline": float("nan")}).items()
+    ]  # fmt: skip
+
+
+def encoding(
+    classifier: ScopeClassifier, queries: Sequence[Query], answers: Sequence[str] | None = None
+) -> Callable[[int], Tensor]:
+    """The classifier's whole pass over the first n pairs, nothing kept from one call to the next.
+
+    Images are read and texts tokenised beforehand: what is timed is the networks.
+    """
+    encoder, texts = copy.copy(classifier.encoder), side_texts(queries, answers)
+    pixels = {q.image: encoder.preprocess(open_image(q.image)) for q in queries}
+    tokens = dict(zip(texts, encoder.tokenizer(texts), strict=True))
+    clip = encoder.model
+
+    def embed(n: int) -> Tensor:
+        encoder.texts = FeatureTable(lambda keys: (clip.encode_text(torch.stack([tokens[k] for k in keys])),))
+        encoder.images = FeatureTable(lambda keys: clip.visual(torch.stack([pixels[k] for k in keys])))
+        return classifier(encoder(queries[:n], answers and answers[:n]))
+
+    return embed
+
+
+def alike(real: Tensor, n: int, seed: int = 0) -> Tensor:
+    """n embeddings (n, d): the real ones first, then draws from a normal of their mean and covariance.
+
+    What an exact search costs does not depend on the values.
+    """
+    values, vectors = torch.linalg.eigh(real.T.cov())
+    noise = torch.randn(max(0, n - len(real)), real.shape[1], generator=torch.Generator().manual_seed(seed))
+    drawn = real.mean(0) + (noise * values.clamp(min=0).sqrt()) @ vectors.T
+    return torch.cat([real[:n], F.normalize(drawn, dim=-1) * real.norm(dim=-1).mean()])
+
+
+def memory_of(classifier: ScopeClassifier, records: Sequence[EditRecord], n: int) -> EditMemory:
+    """A memory of n edits: those of ``records``, and beyond them embeddings :func:`alike`."""
+    queries, answers = [r.queries["reliability"] for r in records], [r.edit.answer for r in records]
+    memory, edits = EditMemory(classifier.dim), [r.edit for r in records]
+    memory.add((edits * -(-n // len(edits)))[:n], alike(classifier.embed(queries, answers), n))
+    return memory
+
+
+def lookups(
+    classifier: ScopeClassifier, records: Sequence[EditRecord], n: int
+) -> dict[str, Callable[[], Tensor]]:
+    """Two ways from the first record's in-scope query to its nearest edit among n: "ours", "baseline".
+
+    Beyond a pool of real edits the baseline encodes the pool again: the work is that of n.
+    """
+    pool, memory = records[:POOL], memory_of(classifier, records, n)
+    query = encoding(classifier, [records[0].in_scope])
+    edits = encoding(classifier, [r.queries["reliability"] for r in pool], [r.edit.answer for r in pool])
+
+    def again() -> Tensor:
+        z = torch.cat([edits(min(len(pool), n - start)) for start in range(0, n, len(pool))])
+        return classifier.similarity(query(1), z).argmax(1)
+
+    return {"ours": lambda: memory.nearest(query(1))[1][:, 0], "baseline": again}
+
+
+@torch.inference_mode()
+def route(
+    classifier: ScopeClassifier,
+    records: Sequence[EditRecord],
+    sizes: Sequence[int] = SIZES,
+    patience: float = PATIENCE,
+) -> list[dict]:
+    """Seconds to find one query's edit among n, for each n; the released way while it is bearable."""
+    rows, bearable = [], True
+    for n in sizes:
+        ways = lookups(classifier, records, n)
+        if not bearable:
+            del ways["baseline"]
+        rows += compare("route", n, "query", ways, budget=2 * patience)
+        bearable = bearable and rows[-1]["baseline"] <= patience
+    return rows
+
+
+def evaluation(editor: MSCKE, base: MLLM, records: Sequence[EditRecord], track: str) -> list[dict]:
+    """Seconds a record, each edited alone and asked its five queries in both protocols.
+
+    Ours in one batch. The baseline as released: query after query, nothing kept from one to the next.
+    ``records``: record after record, its five queries together, features and answers kept.
+    """
+
+    def batched() -> None:
+        evaluate(*forgetful(editor, base), records, track)
+
+    def record_by_record() -> None:
+        fresh = forgetful(editor, base)
+        for record in records:
+            evaluate(*fresh, [record], track)
+
+    def query_by_query() -> None:
+        for record in records:
+            for role, query in record.queries.items():
+                fresh, model = forgetful(editor, base)
+                edited, gold = fresh.edit([record]), [record.answers[role]]
+                model.answer([query]), edited.answer([query])
+                model.force([query], gold), edited.force([query], gold)
+
+    ways = {"ours": batched, "baseline": query_by_query, "records": record_by_record}
+    return compare("evaluate", len(records), "record", ways, len(records), repeats=3, budget=BUDGET)
+
+
+def forgetful(editor: MSCKE, base: MLLM) -> tuple[MSCKE, MLLM]:
+    """The editor and its base model as if just loaded: the same weights, nothing encoded or answered yet."""
+    fresh = MLLM(base.model, base.tokenizer, base.name)
+    in_scope, classifier = copy.copy(editor.in_scope).attach(fresh), copy.copy(editor.classifier)
+    encoder = copy.copy(classifier.encoder)
+    encoder.texts, encoder.images = FeatureTable(encoder.texts.compute), ImageTable(encoder.images.compute)
+    object.__setattr__(classifier, "encoder", encoder)  # as the classifier itself does
+    return MSCKE(fresh, in_scope, classifier, editor.name, editor.threshold), fresh
+
+
+def fine_tuning(editor: FineTune, records: Sequence[EditRecord]) -> list[dict]:
+    """Seconds an edit: all at once, or each the plain way (one edit, torch's Adam, the whole model)."""
+    ways = {
+        "ours": lambda: editor.edit(records),
+        "baseline": lambda: [editor.one_by_one(r) for r in records],
+    }
+    return compare("finetune", len(records), "edit", ways, len(records), repeats=3, budget=BUDGET)
+
+
+def run(track: Track, bench: Benchmark) -> pd.DataFrame:
+    """Every row, on the track's first backbone; written to ``tables/bench.csv`` among its figures."""
+    base = build.load_base(track, next(iter(track.backbones)))
+    in_scope, _ = build.counterfactual(track, bench, base)
+    classifier, _ = build.mscke_classifier(track, bench, build.clip_encoder(track))
+    few = bench.test[:N_RECORDS]
+    table = pd.DataFrame([
+        *route(classifier, bench.test),
+        *evaluation(MSCKE(base, in_scope, classifier), base, few, track.name),
+        *fine_tuning(FineTune(base), few),
+    ])  # fmt: skip
+    path = track.figures / "tables" / "bench.csv"
+    write_whole(path, lambda p: table.to_csv(p, index=False, float_format="%.4g", lineterminator="\n"))
+    return table
+
+
+if __name__ == "__main__":
+    found = get_track()
+    print(run(found, load_benchmark(found)).to_string(index=False, float_format="%.4g"))

@@ -1,0 +1,158 @@
+"""Many edits in force at once: the deployment that the paper does not measure.
+
+A query that is asked of a memory of N edits may be *captured* by another record's edit, for its ρ is the
+largest of N. Each record is therefore asked among N edits, of which its own is one (:func:`groups`).
+What does not depend on N is computed once: the embeddings, and an answer under an edit. Methods that
+change the model itself receive the same N edits one after another (:func:`ask_sequences`)::
+
+    asked = ask_among(editor, base, records, sizes=(1, 10, 100))
+    rows = as_rows(asked, records, {"method": editor.name}, threshold=0.5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from mscke.benchmark import load_benchmark
+from mscke.benchmark.sample import EditRecord
+from mscke.config import get_track
+from mscke.editors import build
+from mscke.editors.mscke import MSCKE, own_edits
+from mscke.evaluation.metrics import CHANGES, METRICS, ROLES, exact_match
+from mscke.evaluation.protocol import generated, save_rows
+from mscke.memory import EditMemory
+from mscke.models.mllm import MLLM
+
+
+def groups(n_records: int, n_edits: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pairs (asked, in force) of records' places: each is asked once, among ``n_edits`` with its own.
+
+    One seeded order is cut into pieces, so the first group of one size begins the first of the next.
+    The last group is filled up from those before it. Raises ValueError when there are too few records.
+    """
+    if not 0 < n_edits <= n_records:
+        raise ValueError(f"{n_edits} edits cannot be in force at once with {n_records} records")
+    order = np.random.default_rng(seed).permutation(n_records)
+    starts = range(0, n_records, n_edits)
+    return [(order[i : i + n_edits], order[min(i, n_records - n_edits) :][:n_edits]) for i in starts]
+
+
+def ask_among(
+    editor: MSCKE, base: MLLM, records: Sequence[EditRecord], sizes: Iterable[int], seed: int = 0
+) -> pd.DataFrame:
+    """Every query of every record asked of memories of each size: one row a size, record and role.
+
+    Columns: n_edits, record and winner (places: the record asked, and the one whose edit scores
+    highest), role, rho in (0, 1) (the winner's score), own (its own edit's), rival (the best of the
+    others; NaN for a memory of one), left and taken (value in {0, 1} if the base model answers, and if
+    the winner's edit does; ``taken`` is NaN below the editor's threshold, where nobody need ask).
+    """
+    table = _route(editor, records, sizes, seed)
+    changes = table["role"].isin(CHANGES)
+    queries = [records[i].queries[role] for i, role in zip(table["record"], table["role"], strict=True)]
+    gold = [records[i].answers[role] for i, role in zip(table["record"], table["role"], strict=True)]
+    before = base.answer(queries)
+    expected = np.where(changes, gold, before)
+    table["left"] = exact_match(before, expected)
+    pairs = table[table["rho"] >= editor.threshold].drop_duplicates(["record", "role", "winner"])
+    edits = [records[i].edit for i in pairs["winner"]]
+    answers = editor.in_scope.answer([queries[i] for i in pairs.index], edits) if len(pairs) else []
+    pairs = pairs[["record", "role", "winner"]].assign(taken=exact_match(answers, expected[pairs.index]))
+    return table.merge(pairs, how="left", on=["record", "role", "winner"])
+
+
+def _route(editor: MSCKE, records: Sequence[EditRecord], sizes: Iterable[int], seed: int) -> pd.DataFrame:
+    """Who wins each query at each size, and by what score."""
+    model, n_roles = editor.edit(records), len(ROLES)
+    classifier, matrix = model.router.classifier, model.router.memory.embeddings
+    z = classifier.embed([r.queries[role] for r in records for role in ROLES])
+    z = z.unflatten(0, (len(records), n_roles))
+    own = classifier.score((matrix.unsqueeze(1) - z).square().sum(-1)).numpy()  # (R, 5)
+    parts = []
+    for n_edits in sizes:
+        for asked, stored in groups(len(records), n_edits, seed):
+            memory = EditMemory(matrix.shape[1])
+            memory.add([records[i].edit for i in stored], matrix[stored])
+            distance, place = memory.nearest(z[asked].flatten(0, 1), 2)
+            rho, ranked = classifier.score(distance).numpy(), stored[place.numpy()]
+            record = asked.repeat(n_roles)
+            others = np.where(ranked == record[:, None], np.nan, rho)
+            parts.append({
+                "n_edits": np.full(len(record), n_edits), "record": record, "winner": ranked[:, 0],
+                "role": np.tile(ROLES, len(asked)), "rho": rho[:, 0], "own": own[asked].ravel(),
+                "rival": np.fmax.reduce(others, axis=1),
+            })  # fmt: skip
+    return pd.DataFrame({column: np.concatenate([p[column] for p in parts]) for column in parts[0]})
+
+
+def as_rows(
+    asked: pd.DataFrame, records: Sequence[EditRecord], names: dict[str, str], threshold: float
+) -> pd.DataFrame:
+    """Tidy rows at ``threshold``, as :func:`mscke.evaluation.protocol.evaluate` gives them, and n_edits.
+
+    ``asked`` is of :func:`ask_among`, whose editor's threshold must not be above this one (ValueError);
+    ``names`` are constant columns (track, backbone, method).
+    """
+    taken = asked["rho"] >= threshold
+    if asked.loc[taken, "taken"].isna().any():
+        raise ValueError(f"some queries above {threshold} were not asked: give the editor this threshold")
+    columns = {
+        "protocol": "generated", "n_edits": asked["n_edits"],
+        "record": [records[i].id for i in asked["record"]], "metric": asked["role"].map(METRICS),
+        "value": asked["taken"].where(taken, asked["left"]),
+    }  # fmt: skip
+    return pd.DataFrame(names | columns, index=asked.index)
+
+
+def ask_sequences(
+    editor, base: MLLM, records: Sequence[EditRecord], sizes: Iterable[int], n_asked: int = 300, seed: int = 0
+) -> pd.DataFrame:
+    """One model edited N times in a row, then asked about its edits: rows as :func:`as_rows` gives them.
+
+    ``editor.sequence(records, checkpoints)`` yields (N, the model so far) at each checkpoint. About
+    ``n_asked`` records are asked at each size: those of several short sequences, or of one long sequence
+    records at even distances, so that early and late edits count alike.
+    """
+    sizes, order = sorted(sizes), np.random.default_rng(seed).permutation(len(records))
+    n_asked, frames = min(n_asked, len(records)), []
+
+    def ask(model, places: np.ndarray, n_edits: int, among: Tensor | None = None) -> None:
+        rows = generated(model, base, [records[i] for i in places], among)
+        frames.append(rows.assign(protocol="generated", n_edits=n_edits))
+
+    if sizes[0] == 1:  # each alone: one batch
+        alone = order[:n_asked]
+        ask(editor.edit([records[i] for i in alone]), alone, 1, own_edits(len(alone), len(ROLES)))
+    longer = [n for n in sizes if n > 1]
+    runs = [(0, longer)] + [(start, [n]) for n in longer for start in range(n, n_asked - n + 1, n)]
+    for start, checkpoints in runs:
+        members = order[start : start + checkpoints[-1]]
+        for n_edits, model in editor.sequence([records[i] for i in members], checkpoints):
+            ask(model, members[_evenly(n_edits, n_asked)], n_edits)
+    return pd.concat(frames, ignore_index=True)
+
+
+def run_sizes(track_name: str, backbone: str, method: str, sizes: Sequence[int], key: str) -> Path:
+    """One method at all sizes on the test split: the parquet file of its rows, made once.
+
+    The rows are of :func:`ask_among` for a method with a memory, else of :func:`ask_sequences`.
+    """
+    track = get_track(track_name)
+    name = "-".join(map(str, [method, *sizes]))
+    path = track.outputs / "rows" / key / backbone / f"{name}.parquet"
+    if not path.exists():
+        bench, base = load_benchmark(track), build.load_base(track, backbone)
+        editor = next(e for e in build.editors(track, bench, base) if e.name == method)
+        ask = ask_among if isinstance(editor, MSCKE) else ask_sequences
+        save_rows(ask(editor, base, bench.test, sizes), path)
+    return path
+
+
+def _evenly(n: int, k: int) -> np.ndarray:
+    """min(n, k) places among n at even distances, the last included."""
+    return np.linspace(0, n - 1, min(n, k)).round().astype(int)

@@ -1,0 +1,498 @@
+"""Fetching for the paper track: resumed, whole or not there, and held to the lock file."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import struct
+import zipfile
+from pathlib import Path
+
+import huggingface_hub.constants as constants
+import pytest
+import torch
+from file_server import FileServer
+from PIL import Image
+from safetensors.torch import save
+from test_sample import a_row
+
+from mscke.benchmark import coco, download, fetch, hub
+from mscke.benchmark.download import download as get
+from mscke.benchmark.fetch import FILES, Store, open_store
+from mscke.benchmark.lock import FetchError, Lock, sha256
+from mscke.benchmark.sample import RecordError
+from mscke.models.compose import SEEING, seeing_shards
+
+BODY = os.urandom(200_000)
+NAMES = [f"train2014/COCO_train2014_{i:012d}.jpg" for i in range(4)] + [
+    "val2014/COCO_val2014_000000000042.jpg"
+]
+
+
+def jpeg(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((24, 16), 20 + number).convert("RGB").save(file, "JPEG")
+    return file.getvalue()
+
+
+IMAGES = {name: jpeg(number) for number, name in enumerate(NAMES)}
+ROWS = {
+    "train": [a_row(name) for name in NAMES[:4]],
+    "test": [a_row(NAMES[4]), a_row(NAMES[4], src="Another?")],
+}
+SIZES = {"train": 4, "test": 2}
+JSON = {FILES[split]: json.dumps(rows).encode() for split, rows in ROWS.items()}
+
+
+def zipped(folder: str) -> bytes:
+    """COCO's zip of ``folder``, with an image that FGVEdit does not name."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, body in (IMAGES | {f"{folder}/other.jpg": b"not named"}).items():
+            if name.startswith(folder):
+                archive.writestr(name, body)
+    return file.getvalue()
+
+
+@pytest.fixture
+def server():
+    server = FileServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def online(server, tmp_path, monkeypatch):
+    """The server in the place of the hub and of COCO; returns it."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+    server.publish(fetch.FGVEDIT, JSON, "dataset")
+    for folder in coco.FOLDERS:
+        server.files[f"/zips/{folder}.zip"] = zipped(folder)
+    return server
+
+
+def a_store(tmp_path, server=None, **changes) -> Store:
+    """A store in ``tmp_path``, with the lock read anew."""
+    zips = f"{server.url}/zips/{{}}.zip" if server else "none"
+    lock = Lock(tmp_path / "paper.lock.json")
+    return dataclasses.replace(
+        Store(tmp_path / "data", lock, online=server is not None, zips=zips), **changes
+    )
+
+
+def put(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, body in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(body)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# One file over HTTP
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+    return tmp_path / "file.zip"
+
+
+def ranges(server):
+    return [wanted for _, _, wanted in server.asked]
+
+
+def test_a_cut_download_goes_on_where_it_was_cut(server, path):
+    server.files["/file"], server.cuts = BODY, [70_000, 50_000]
+    tag = get(f"{server.url}/file", path)
+    assert path.read_bytes() == BODY and tag == f'"{hashlib.sha1(BODY).hexdigest()}"'
+    assert ranges(server) == [None, "bytes=70000-", "bytes=120000-"]
+    assert os.listdir(path.parent) == ["file.zip"]
+
+
+def test_a_download_goes_on_in_another_process(server, path):
+    server.files["/file"], server.cuts = BODY, [70_000] + [0] * download.ATTEMPTS
+    with pytest.raises(FetchError, match="70,000 bytes are kept"):
+        get(f"{server.url}/file", path)
+    assert not path.exists()
+    server.asked.clear()
+    get(f"{server.url}/file", path)
+    assert path.read_bytes() == BODY and ranges(server) == ["bytes=70000-"]
+
+
+@pytest.mark.parametrize("change", ["another file", "no ranges", "no validator"])
+def test_what_cannot_be_resumed_begins_anew(server, path, change):
+    server.files["/file"], server.cuts, server.etags = (
+        BODY,
+        [70_000] + [0] * download.ATTEMPTS,
+        change != "no validator",
+    )
+    with pytest.raises(FetchError):
+        get(f"{server.url}/file", path)
+    new = server.files["/file"] = BODY[::-1] if change == "another file" else BODY
+    server.ranges = change != "no ranges"
+    get(f"{server.url}/file", path)
+    assert path.read_bytes() == new
+
+
+def test_a_whole_part_is_not_fetched_again(server, path):
+    server.files["/file"], server.cuts = BODY, [100] + [0] * download.ATTEMPTS
+    with pytest.raises(FetchError):
+        get(f"{server.url}/file", path)
+    path.with_name("file.zip.part").write_bytes(BODY)  # ended between the last byte and the renaming
+    get(f"{server.url}/file", path)
+    assert path.read_bytes() == BODY
+
+
+def test_a_part_that_is_too_long_begins_anew(server, path):
+    server.files["/file"], server.cuts = BODY, [100] + [0] * download.ATTEMPTS
+    with pytest.raises(FetchError):
+        get(f"{server.url}/file", path)
+    path.with_name("file.zip.part").write_bytes(BODY + b"more")
+    get(f"{server.url}/file", path)
+    assert path.read_bytes() == BODY
+
+
+def test_passing_failures_are_tried_again_and_lasting_ones_are_not(server, path):
+    server.files["/file"], server.statuses = BODY, [503, 429]
+    get(f"{server.url}/file", path)
+    assert path.read_bytes() == BODY
+    server.asked.clear()
+    with pytest.raises(FetchError, match="HTTP 404"):
+        get(f"{server.url}/none", path)
+    assert len(server.asked) == 1
+
+
+def test_a_server_that_is_not_there(path):
+    with pytest.raises(FetchError, match="run again to go on"):
+        get("http://127.0.0.1:9/file", path)
+
+
+# The lock
+
+
+def test_the_lock_trusts_once_and_verifies_ever_after(tmp_path):
+    put(tmp_path, {"a": b"one", "b": b"two"})
+    files = {name: tmp_path / name for name in "ba"}
+    Lock(tmp_path / "lock").check("source", files, "r1")
+    written = json.loads((tmp_path / "lock").read_text())
+    digests = {"a": hashlib.sha256(b"one").hexdigest(), "b": hashlib.sha256(b"two").hexdigest()}
+    assert written == {"source": {"revision": "r1", "files": digests}}
+    assert list(written["source"]["files"]) == ["a", "b"] == sorted(files)
+
+    lock = Lock(tmp_path / "lock")
+    lock.check("source", files)  # a revision that is not known does not undo the one that was
+    assert lock.revision("source") == "r1" and json.loads((tmp_path / "lock").read_text()) == written
+    (tmp_path / "b").write_bytes(b"changed")
+    with pytest.raises(FetchError, match=r"1 of 2 files of source .*/b has"):
+        lock.check("source", files)
+    assert json.loads((tmp_path / "lock").read_text()) == written
+
+
+def test_a_frozen_lock_is_never_written(tmp_path):
+    put(tmp_path, {"a": b"one"})
+    Lock(tmp_path / "lock", frozen=True).check("source", {"a": tmp_path / "a"})
+    assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"source": 3}', '{"source": {"revision": null}}'])
+def test_what_is_no_lock_is_refused(tmp_path, text):
+    (tmp_path / "lock").write_text(text)
+    with pytest.raises(FetchError, match="not a lock file"):
+        Lock(tmp_path / "lock")
+    assert (tmp_path / "lock").read_text() == text
+
+
+# FGVEdit and COCO
+
+
+def test_everything_is_fetched_locked_and_then_left_alone(online, tmp_path):
+    loaded = a_store(tmp_path, online).benchmark(SIZES)
+    assert [len(loaded[split].records) for split in SIZES] == [4, 2]
+    assert tree(tmp_path / "data") == JSON | IMAGES  # nothing else of the zips, and the zips gone
+
+    lock = json.loads((tmp_path / "paper.lock.json").read_text())
+    commit = next(iter(online.repos.values()))
+    entry = lock[f"datasets/{fetch.FGVEDIT}"]
+    assert entry == {
+        "revision": commit,
+        "files": {name: hashlib.sha256(body).hexdigest() for name, body in sorted(JSON.items())},
+    }
+    assert lock["COCO 2014"]["files"] == {n: hashlib.sha256(b).hexdigest() for n, b in IMAGES.items()}
+    archive = lock[f"{online.url}/zips/train2014.zip"]
+    body = online.files["/zips/train2014.zip"]
+    assert archive["files"] == {"train2014.zip": hashlib.sha256(body).hexdigest()}
+    assert archive["revision"] == f'"{hashlib.sha1(body).hexdigest()}"'
+
+    online.asked.clear()
+    a_store(tmp_path, online).benchmark(SIZES)
+    assert online.asked == []
+
+
+def test_only_what_is_missing_is_fetched_again(online, tmp_path):
+    a_store(tmp_path, online).benchmark(SIZES)
+    lock = (tmp_path / "paper.lock.json").read_text()
+    (tmp_path / "data" / NAMES[4]).unlink()
+    online.asked.clear()
+    a_store(tmp_path, online).benchmark(SIZES)
+    assert [path for _, path, _ in online.asked] == ["/zips/val2014.zip"]
+    assert (tmp_path / "paper.lock.json").read_text() == lock
+
+
+def test_a_local_folder_is_used_and_not_written(tmp_path):
+    own = put(tmp_path / "own", JSON | IMAGES)
+    for path in own.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    own.chmod(0o555)
+    before = tree(own)
+    a_store(tmp_path, data=own).benchmark(SIZES)
+    assert tree(tmp_path / "data") == before == tree(own)
+    for path in (own, *own.rglob("*")):
+        path.chmod(0o755)
+
+
+def test_local_zips_are_used_and_kept(tmp_path):
+    files = JSON | {f"{folder}.zip": zipped(folder) for folder in coco.FOLDERS}
+    own = put(tmp_path / "own", files)
+    assert coco.absent(NAMES, tmp_path / "data", own) == []
+    assert coco.absent([*NAMES, "val2014/none.jpg"], tmp_path / "data", own) == ["val2014/none.jpg"]
+    a_store(tmp_path, data=own).benchmark(SIZES)
+    assert tree(tmp_path / "data") == JSON | IMAGES and tree(own) == files
+
+
+def test_a_copy_is_made_where_no_link_can_be(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("another disk")
+
+    monkeypatch.setattr(coco.os, "link", refuse)
+    put(tmp_path, {"a": b"one"})
+    coco.place(tmp_path / "a", tmp_path / "b" / "c")
+    assert tree(tmp_path) == {"a": b"one", "b/c": b"one"}
+
+
+def test_an_interrupted_fetch_goes_on(online, tmp_path):
+    good = online.files["/zips/val2014.zip"]
+    del online.files["/zips/val2014.zip"]
+    with pytest.raises(FetchError, match=r"val2014\.zip gives no file: HTTP 404"):
+        a_store(tmp_path, online).benchmark(SIZES)
+    assert set(tree(tmp_path / "data")) == {*JSON, *NAMES[:4]}
+    online.files["/zips/val2014.zip"] = good
+    online.asked.clear()
+    a_store(tmp_path, online).benchmark(SIZES)
+    assert [path for _, path, _ in online.asked] == ["/zips/val2014.zip"]
+
+
+def test_a_changed_file_is_an_error_that_names_it(online, tmp_path):
+    a_store(tmp_path, online).benchmark(SIZES)
+    (tmp_path / "data" / NAMES[2]).write_bytes(jpeg(99))
+    with pytest.raises(FetchError, match=r"1 of 5 files of COCO 2014 .*000000000002\.jpg"):
+        a_store(tmp_path, online).benchmark(SIZES)
+
+
+def test_a_zip_that_is_not_the_locked_one_is_not_opened(online, tmp_path):
+    a_store(tmp_path, online).benchmark(SIZES)
+    (tmp_path / "data" / NAMES[4]).unlink()
+    online.files["/zips/val2014.zip"] += b"x"
+    with pytest.raises(FetchError, match=r"val2014\.zip has\b"):
+        a_store(tmp_path, online).benchmark(SIZES)
+    assert not (tmp_path / "data" / NAMES[4]).exists()
+
+
+def test_the_locked_revision_is_fetched_whatever_is_newer(online, tmp_path, monkeypatch):
+    a_store(tmp_path, online).benchmark(SIZES)
+    online.publish(
+        fetch.FGVEDIT, JSON | {"test_data.json": json.dumps(ROWS["test"][::-1]).encode()}, "dataset"
+    )
+    lock = (tmp_path / "paper.lock.json").read_text()
+    elsewhere = put(tmp_path / "elsewhere", {"paper.lock.json": lock.encode()})
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(elsewhere / "cache"))
+    a_store(elsewhere, online).benchmark(SIZES)
+    assert tree(elsewhere / "data") == JSON | IMAGES
+    assert (elsewhere / "paper.lock.json").read_text() == lock
+
+
+def test_a_damaged_member_is_found_by_its_crc(tmp_path):
+    body = bytearray(zipped("train2014"))
+    at = body.index(IMAGES[NAMES[2]])
+    body[at + 200] ^= 1
+    own = put(tmp_path / "own", JSON | {"train2014.zip": bytes(body), "val2014.zip": zipped("val2014")})
+    with pytest.raises(FetchError, match=r"train2014\.zip is damaged at .*002\.jpg"):
+        a_store(tmp_path, data=own).benchmark(SIZES)
+    assert set(tree(tmp_path / "data")) == {*JSON, *NAMES[:2]}  # those before it are kept, no half image
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"train2014.zip": zipped("train2014")[:-100]}, r"train2014\.zip is cut short or no zip"),
+        ({"train2014.zip": zipped("train2014"), "val2014.zip": zipped("train2014")}, r"lacks 1 .*000042\.jpg"),
+        ({name: IMAGES[name] for name in NAMES[:4]}, r"1 images are not there.*have|val2014/ or val2014\.zip"),
+        (IMAGES | {"train_data.json": JSON["train_data.json"][:-40]}, "cut short"),
+        (IMAGES | {"train_data.json": json.dumps(ROWS["train"][:3]).encode()}, r"3 records .* not 4: 1 are missing"),
+        (IMAGES | {"test_data.json": json.dumps(ROWS["test"] * 2).encode()}, r"not 2: 2 are too many"),
+        (IMAGES | {NAMES[1]: IMAGES[NAMES[1]][:-30]}, r"record 1, .*damaged"),
+        (IMAGES | {"test_data.json": json.dumps([a_row("flickr/1.jpg")] * 2).encode()}, "no folder of COCO 2014"),
+        (IMAGES | {"test_data.json": json.dumps([a_row("../1.jpg")] * 2).encode()}, "leaves the image root"),
+    ],
+    ids=["cut zip", "image not in zip", "no val", "cut JSON", "too few", "too many", "cut image", "not COCO", "climbs"],
+)  # fmt: skip
+def test_bad_input_is_named_and_never_locked(tmp_path, files, message):
+    own = put(tmp_path / "own", JSON | files)
+    with pytest.raises((FetchError, RecordError), match=message):
+        a_store(tmp_path, data=own).benchmark(SIZES)
+    locked = (
+        json.loads((tmp_path / "paper.lock.json").read_text())
+        if (tmp_path / "paper.lock.json").exists()
+        else {}
+    )
+    assert "COCO 2014" not in locked
+    assert not [name for name in tree(tmp_path) if name.endswith((".tmp", ".part"))]
+
+
+def test_records_without_an_answer_count_or_do_not(tmp_path):
+    rows = json.dumps([*ROWS["test"], a_row(NAMES[4], alt="")]).encode()
+    own = put(tmp_path / "own", JSON | IMAGES | {"test_data.json": rows})
+    for size in (2, 3):
+        assert a_store(tmp_path, data=own).benchmark({"train": 4, "test": size})["test"].skipped == 1
+    with pytest.raises(FetchError, match=r"3 records \(1 of them without an answer\), not 4"):
+        a_store(tmp_path, data=own).benchmark({"train": 4, "test": 4})
+
+
+def test_offline_without_data_says_where_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(FetchError, match="ZhenZeng/FGVEdit is not in the hub's cache"):
+        a_store(tmp_path).benchmark(SIZES)
+
+
+def test_a_hub_without_the_files_is_an_error(online, tmp_path):
+    online.publish(fetch.FGVEDIT, {"README.md": b"moved"}, "dataset")
+    with pytest.raises(FetchError, match=r"lacks train_data\.json"):
+        a_store(tmp_path, online).benchmark(SIZES)
+
+
+# Models
+
+SHARDS = {
+    "model-1.safetensors": {"vision_model.a": torch.zeros(2), "query_tokens": torch.zeros(1)},
+    "model-2.safetensors": {"qformer.b": torch.ones(2), "language_model.c": torch.ones(3)},
+    "model-3.safetensors": {"language_model.d": torch.ones(4), "language_projection.weight": torch.ones(1)},
+}
+INDEX = {"weight_map": {tensor: file for file, tensors in SHARDS.items() for tensor in tensors}}
+SHARDED = {name: save(tensors) for name, tensors in SHARDS.items()} | {
+    "config.json": b"{}", "model.safetensors.index.json": json.dumps(INDEX).encode(), "pytorch_model.bin": b"old",
+}  # fmt: skip
+EYES = "Salesforce/blip2-flan-t5-xxl"
+
+
+def test_only_the_shards_that_see_are_fetched(online, tmp_path):
+    commit = online.publish(EYES, SHARDED)
+    folder = a_store(tmp_path, online).model(EYES)
+    wanted = ["config.json", "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"]
+    assert sorted(os.listdir(folder)) == wanted
+    assert seeing_shards(folder / "model.safetensors.index.json") == wanted[1:3]
+    assert hub.MODELS[EYES].tensors == SEEING
+    entry = json.loads((tmp_path / "paper.lock.json").read_text())[f"models/{EYES}"]
+    assert entry == {"revision": commit, "files": {name: sha256(folder / name) for name in wanted}}
+    # offline, from the hub's cache
+    assert a_store(tmp_path).model(EYES) == folder
+
+
+def test_old_weights_are_taken_where_there_are_no_others(online, tmp_path):
+    online.publish("an/old", {"config.json": b"{}", "pytorch_model.bin": b"old", "flax_model.msgpack": b"no"})
+    assert sorted(os.listdir(a_store(tmp_path, online).model("an/old"))) == [
+        "config.json",
+        "pytorch_model.bin",
+    ]
+
+
+@pytest.mark.parametrize("name", ["an/owner", "owner"])
+def test_a_local_model_comes_first_and_is_held_to_the_lock(online, tmp_path, name):
+    online.publish("an/owner", SHARDED)
+    a_store(tmp_path, online).model("an/owner")
+    own = put(tmp_path / "own", {f"{name}/{file}": body for file, body in SHARDED.items()})
+    assert a_store(tmp_path, models=own).model("an/owner") == own / name
+    put(own, {f"{name}/model-2.safetensors": save({"qformer.b": torch.zeros(2)})})
+    with pytest.raises(FetchError, match=r"model-2\.safetensors has"):
+        a_store(tmp_path, models=own).model("an/owner")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model-2.safetensors": None}, r"lacks model-2\.safetensors"),
+        (
+            {"model-2.safetensors": SHARDED["model-2.safetensors"][:-3]},
+            r"model-2\.safetensors is damaged or cut",
+        ),
+        ({"model-2.safetensors": struct.pack("<Q", 2**40)}, r"model-2\.safetensors is damaged or cut"),
+        ({"model.safetensors.index.json": b'{"weight_m'}, "no index of weights"),
+        ({"config.json": b'{"model_'}, r"config\.json is damaged or cut short"),
+        (dict.fromkeys(SHARDED), r"lacks \*\.json, \*\.safetensors"),
+    ],
+)
+def test_an_unsound_model_is_named_and_never_locked(tmp_path, change, message):
+    files = {f"m/{name}": body for name, body in (SHARDED | change).items() if body is not None}
+    (tmp_path / "own" / "m").mkdir(parents=True)
+    own = put(tmp_path / "own", files)
+    with pytest.raises(FetchError, match=message):
+        a_store(tmp_path, models=own).model("an/m")
+    assert not (tmp_path / "paper.lock.json").exists()
+
+
+def test_a_cut_shard_is_fetched_whole(online, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    big = save({"x": torch.randn(5000)})
+    commit = online.publish("a/big", {"config.json": b"{}", "model.safetensors": big})
+    hub.snapshot(
+        "a/big", ["config.json"], commit, online=True
+    )  # lists the files: the next GET is the shard's
+    online.cuts = [9000]
+    folder = hub.snapshot("a/big", ["*.safetensors"], commit, online=True)
+    assert (folder / "model.safetensors").read_bytes() == big
+    assert online.cuts == [] and online.fetched("model.safetensors") == 2
+
+
+def test_a_hub_that_refuses_is_an_error(online, tmp_path):
+    with pytest.raises(FetchError, match=r"a/none cannot be fetched .*MODELS="):
+        a_store(tmp_path, online).model("a/none")
+
+
+@pytest.mark.parametrize("name", fetch.MINIGPT4_NAMES)
+def test_the_projection_is_local_or_fetched(server, tmp_path, monkeypatch, name):
+    own = put(tmp_path / "own", {name: b"weights"})
+    assert a_store(tmp_path, models=own).minigpt4() == own / name
+    monkeypatch.setattr(fetch, "MINIGPT4", f"{server.url}/drive")
+    server.files["/drive"] = b"weights"
+    path = a_store(tmp_path, server).minigpt4()
+    assert path.read_bytes() == b"weights" and a_store(tmp_path).minigpt4() == path
+    with pytest.raises(FetchError, match="go online"):
+        a_store(tmp_path / "other").minigpt4()
+
+
+def test_options_come_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MSCKE_DATA", str(tmp_path))
+    store = open_store()
+    assert store.data == tmp_path.resolve() and store.models is None
+    assert not store.online  # HF_HUB_OFFLINE=1 in every test
+    with pytest.raises(FetchError, match=r"MODELS=.* is not a folder"):
+        open_store(models=str(tmp_path / "none"))
+
+
+def test_the_command_fetches_everything_or_says_what_is_missing(online, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fetch, "MINIGPT4", f"{online.url}/drive")
+    monkeypatch.setattr(hub, "MODELS", {EYES: hub.MODELS[EYES]})
+    monkeypatch.setattr(fetch, "open_store", lambda *_: a_store(tmp_path, online))
+    monkeypatch.setattr(Store.benchmark, "__defaults__", (SIZES,))
+    assert fetch.main([]) == 1 and f"{EYES} cannot be fetched" in capsys.readouterr().err
+    online.publish(EYES, SHARDED)
+    online.files["/drive"] = b"weights"
+    assert fetch.main([]) == 0 and "paper.lock.json: commit it" in capsys.readouterr().out
