@@ -27,8 +27,8 @@ ABOUT.05_transfer     := moves the classifier to another backbone, to other data
 ABOUT.06_cost         := counts parameters and FLOPs, times every part, and grows the memory
 
 REPORT   := $(wildcard mscke/report/figures.py mscke/report/pictures.py mscke/report/tables.py)
-DATA     := $(wildcard mscke/config.py mscke/benchmark/*.py)
-TRAINING := $(DATA) $(wildcard mscke/models/*.py mscke/classifier.py mscke/memory.py mscke/router.py mscke/training.py) \
+BENCHMARK := $(wildcard mscke/config.py mscke/benchmark/*.py)
+TRAINING := $(BENCHMARK) $(wildcard mscke/models/*.py mscke/classifier.py mscke/memory.py mscke/router.py mscke/training.py) \
             $(wildcard mscke/editors/*.py mscke/assets/*.safetensors mscke/assets/*/*.safetensors)
 RESULTS  := $(TRAINING) $(wildcard mscke/evaluation/*.py mscke/report/*.py)
 
@@ -44,10 +44,13 @@ reproduce smoke: export TQDM_MININTERVAL := 10
 test: export TQDM_DISABLE := 1
 reproduce smoke test: export HF_HUB_OFFLINE := 1
 reproduce smoke test: export HF_HUB_DISABLE_PROGRESS_BARS := 1
+# Folders of the user's own that hold the paper's data and models; only read.
+paper-data paper-check: export MSCKE_DATA := $(DATA)
+paper-data paper-check: export MSCKE_MODELS := $(MODELS)
 # The kernel "python3" is this environment's, even where the user has another of that name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env active-env reproduce test smoke $(NOTEBOOKS:%=smoke-%) bench pretrain lab lock lint clean
+.PHONY: help env active-env reproduce test smoke $(NOTEBOOKS:%=smoke-%) bench pretrain paper-data paper-check lab lock lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
@@ -74,7 +77,7 @@ reproduce: $(NOTEBOOKS:%=$(STAMPS)/%) ## run the notebooks on the mini track, ke
 	MSCKE_TRACK=mini $(NBVAL) --nbval
 
 # One stamp a notebook: an interrupted `make reproduce` goes on where it was.
-$(STAMPS)/01_data: $(DATA) $(REPORT) mscke/editors/serac.py
+$(STAMPS)/01_data: $(BENCHMARK) $(REPORT) mscke/editors/serac.py
 $(STAMPS)/02_training: $(STAMPS)/01_data $(TRAINING)
 $(STAMPS)/03_main_results: $(STAMPS)/02_training $(RESULTS)
 $(STAMPS)/04_ablation: $(STAMPS)/02_training $(RESULTS)
@@ -110,6 +113,12 @@ bench: $(ENV) ## time ours against the released way again, and write figures/tab
 
 pretrain: $(ENV) ## pretrain the mini models again and write their weights to mscke/assets
 	$(PYTHON) -m mscke.models.pretrain
+
+paper-data: $(ENV) ## fetch FGVEdit, the COCO images it names and the models; lock and verify them (DATA=, MODELS=)
+	$(PYTHON) -m mscke.benchmark.fetch
+
+paper-check: $(ENV) ## say what the paper track has and lacks here; changes nothing
+	$(PYTHON) -m mscke.report.paper_check
 
 lab: $(ENV) ## open the notebooks in JupyterLab
 	$(PYTHON) -m jupyter lab notebooks

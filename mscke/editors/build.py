@@ -92,7 +92,7 @@ def mend(
     networks = MendNetworks.beside(base)
     folder = track.outputs / "trained" / f"mend-{base.name}-{seed}"
     curve = train_mend(
-        MEND(base, networks), bench.train, bench.validation, folder, track.mend_epochs, seed=seed
+        MEND(base, networks), bench.train, bench.validation[:250], folder, track.mend_epochs, seed=seed
     )
     return networks.eval(), curve
 

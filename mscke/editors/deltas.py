@@ -116,9 +116,7 @@ class DeltaModel:
         return results
 
 
-Checkpoints = Iterator[
-    tuple[int, DeltaModel]
-]  # sequential edits: (N, the model after N of them), N ascending
+Stages = Iterator[tuple[int, DeltaModel]]  # sequential edits: (N, the model after N of them), N ascending
 
 
 @dataclass(frozen=True)

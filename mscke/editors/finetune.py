@@ -16,17 +16,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from mscke.benchmark.sample import EditRecord
-from mscke.editors.deltas import (
-    Checkpoints,
-    DeltaModel,
-    Deltas,
-    Dense,
-    Reading,
-    applied,
-    gradient,
-    matrices,
-    read,
-)
+from mscke.editors.deltas import DeltaModel, Deltas, Dense, Reading, Stages, applied, gradient, matrices, read
 from mscke.models.mllm import MLLM, in_batches
 
 
@@ -60,7 +50,7 @@ class FineTune:
             self._fit(*self._read(records[part]), {n: d[part] for n, d in deltas.items()})
         return DeltaModel(self.base, len(records), lambda edits: {n: d[edits] for n, d in deltas.items()})
 
-    def sequence(self, records: Sequence[EditRecord], checkpoints: Sequence[int]) -> Checkpoints:
+    def sequence(self, records: Sequence[EditRecord], checkpoints: Sequence[int]) -> Stages:
         """One model for all: edit after edit on the same weights."""
         deltas = self._nothing(1)
         bar = tqdm(total=max(checkpoints), desc=f"{self.name}, sequential", leave=False)

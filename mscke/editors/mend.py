@@ -17,17 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mscke.benchmark.sample import Edit, EditRecord, Query
-from mscke.editors.deltas import (
-    Checkpoints,
-    DeltaModel,
-    Deltas,
-    Dense,
-    LowRank,
-    applied,
-    gradient,
-    matrices,
-    read,
-)
+from mscke.editors.deltas import DeltaModel, Deltas, Dense, LowRank, Stages, applied, gradient, matrices, read
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM, Forced, normalise_answer
 from mscke.training import IN_ROLES, ROLES, _digest, _fit
@@ -46,10 +36,8 @@ class EditorNetwork(nn.Module):
         width = sum(shape)
         self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
         nn.init.zeros_(self.up.weight)
-        self.scale, self.offset = (
-            nn.Parameter(torch.ones(modes, rank)),
-            nn.Parameter(torch.zeros(modes, rank)),
-        )
+        self.scale = nn.Parameter(torch.ones(modes, rank))
+        self.offset = nn.Parameter(torch.zeros(modes, rank))
         self.log_rate = nn.Parameter(torch.full((modes,), rate).log())
         self.register_buffer("mean", torch.zeros(modes, width))
         self.register_buffer("std", torch.ones(modes, width))
@@ -137,7 +125,7 @@ class MEND:
         model, among = self._each(edits)
         return model.force(queries, answers, among)
 
-    def sequence(self, records: Sequence[EditRecord], checkpoints: Sequence[int]) -> Checkpoints:
+    def sequence(self, records: Sequence[EditRecord], checkpoints: Sequence[int]) -> Stages:
         """One model for all: each edit's gradient is taken at the weights that the edits before it left."""
         language_model = self.base.model.language_model
         shapes = {n: language_model.get_submodule(n).weight.shape for n in self.networks.place}

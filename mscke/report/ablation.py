@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mscke.report.figures import draw_rows, metric_label
-from mscke.report.tables import bootstrap
+from mscke.report.tables import LABELS, bootstrap
 
 FINE = ("specificity", "m_in", "m_out")
 
@@ -29,6 +29,12 @@ def spread_cells(table: pd.DataFrame, row: str, column: str) -> pd.DataFrame:
     wide = spread.assign(cell=cells).pivot(index=row, columns=column, values="cell")
     order = {"index": spread[row].drop_duplicates(), "columns": spread[column].drop_duplicates()}
     return wide.reindex(**order).rename_axis(columns=None)
+
+
+def metric_cells(table: pd.DataFrame, row: str) -> pd.DataFrame:
+    """:func:`spread_cells` of every metric, under the names that tables give them."""
+    cells = spread_cells(table, row, "metric")
+    return cells[[m for m in LABELS if m in cells]].rename(columns=LABELS).reset_index()
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
