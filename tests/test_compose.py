@@ -1,24 +1,33 @@
 """MiniGPT-4 composed of tiny parts in each source's format; the hub's form of BLIP-2; memory needed."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
+    AutoTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
+    Blip2Processor,
     Blip2QFormerConfig,
     Blip2VisionConfig,
+    BlipImageProcessor,
+    GPT2Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
+    OPTConfig,
     T5Config,
 )
 
 from mscke.benchmark.sample import Query
-from mscke.models.compose import compose_minigpt4, memory_needed, seeing_shards
+from mscke.models.compose import compose_minigpt4, memory_needed, open_weights, read_index, seeing_shards
 from mscke.models.mllm import IMAGE_TOKEN, MLLM, TEMPLATE, embed, load_pixels
 
 pytest_plugins = ["tiny"]
@@ -103,12 +112,279 @@ def through_the_parts(parts, image: str, question: str) -> torch.Tensor:
 
 def test_logits_are_those_of_the_parts(parts, composed, records):
     mllm = MLLM.from_pretrained(composed, "MiniGPT-4")
-    queries = [Query(f"What is {i}?", records[i].edit.image) for i in (0, 1)]
-    for query in queries:
+    for query in (Query(f"What is {i}?", records[i].edit.image) for i in (0, 1)):
         ids = torch.tensor(mllm.prompts([query]))
         embedded = embed(mllm.model.language_model, ids, mllm.encoder.image_id, mllm.see([query]))
         with torch.inference_mode():
             logits = mllm.model.language_model(inputs_embeds=embedded).logits
         expected = through_the_parts(parts, query.image, query.question)
-        assert ids.shape[1] == expected.shape[1]
         torch.testing.assert_close(logits[..., : expected.shape[-1]], expected)
+        assert (logits[..., expected.shape[-1] :] < expected.amax(-1, keepdim=True)).all()  # no new word wins
+
+
+def test_answers_are_tokenised_as_they_stand_in_a_sentence(composed):
+    encoder = MLLM.from_pretrained(composed, "MiniGPT-4").encoder
+    cue, answer = encoder.tokens("Short answer:"), encoder.answer("a kite", eos=False)
+    assert cue + answer == encoder.tokens("Short answer: a kite")
+
+
+def test_nothing_is_rounded_and_new_words_are_average(parts, composed):
+    state = gather_all(composed)
+    theirs = {n: t for n, t in parts["blip2"].state_dict().items() if "language" not in n}
+    theirs |= {f"language_model.{n}": t for n, t in parts["vicuna"].state_dict().items()}
+    theirs |= {f"language_projection.{n}": t for n, t in parts["projection"].state_dict().items()}
+    assert set(state) == set(theirs)
+    for name, tensor in theirs.items():
+        assert torch.equal(state[name][: len(tensor)], tensor), name
+        if len(state[name]) > len(tensor):
+            assert name.endswith(("embed_tokens.weight", "lm_head.weight"))
+            torch.testing.assert_close(
+                state[name][len(tensor) :].mean(0), tensor.mean(0), atol=1e-6, rtol=1e-4
+            )
+
+
+def gather_all(folder) -> dict[str, torch.Tensor]:
+    return {n: t for path in folder.glob("*.safetensors") for n, t in open_weights(path).items()}
+
+
+def test_image_token_is_one_token_everywhere(parts, composed):
+    tokenizer, config = AutoTokenizer.from_pretrained(composed), AutoConfig.from_pretrained(composed)
+    assert tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) == config.image_token_index == len(tokenizer) - 1
+    assert tokenizer(IMAGE_TOKEN, add_special_tokens=False)["input_ids"] == [config.image_token_index]
+    assert config.image_token_index < config.text_config.vocab_size
+    assert config.text_config.vocab_size % 64 == 0
+    assert tokenizer.pad_token_id is not None
+
+
+def test_only_the_seeing_shards_are_needed(parts, composed, tmp_path):
+    source, few = parts["folder"] / "blip2", tmp_path / "few"
+    index = source / "model.safetensors.index.json"
+    needed, shards = seeing_shards(index), set(json.loads(index.read_text())["weight_map"].values())
+    assert set(needed) < shards
+    few.mkdir()
+    for name in [*needed, index.name, "config.json"]:
+        shutil.copy(source / name, few)
+    again = gather_all(compose(parts["folder"], tmp_path / "again", blip2=few))
+    for name, tensor in gather_all(composed).items():
+        assert torch.equal(again[name], tensor), name
+
+
+@pytest.mark.parametrize("form", ["one pickle", "pickles with an index", "one safetensors"])
+def test_vicuna_in_each_of_its_forms(parts, composed, tmp_path, form):
+    """The hub has Vicuna in PyTorch's .bin files, some without an index."""
+    vicuna, state = tmp_path / "vicuna", parts["vicuna"].state_dict()
+    vicuna.mkdir()
+    for path in (parts["folder"] / "vicuna").glob("*.json"):
+        if "index" not in path.name:
+            shutil.copy(path, vicuna)
+    if form == "one pickle":
+        torch.save(state, vicuna / "pytorch_model.bin")
+    elif form == "one safetensors":
+        save_file(state, vicuna / "model.safetensors")
+    else:
+        names = sorted(state)
+        halves = {"pytorch_model-1-of-2.bin": names[::2], "pytorch_model-2-of-2.bin": names[1::2]}
+        for file, part in halves.items():
+            torch.save({n: state[n] for n in part}, vicuna / file)
+        where = {n: file for file, part in halves.items() for n in part}
+        (vicuna / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    again = gather_all(compose(parts["folder"], tmp_path / "again", vicuna=vicuna))
+    assert all(torch.equal(again[name], tensor) for name, tensor in gather_all(composed).items())
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def repickle(**changes):
+    """Write MiniGPT-4's checkpoint with other contents; None leaves a tensor out."""
+
+    def spoil(path):
+        weights = torch.load(path, weights_only=True)["model"] | changes
+        torch.save({"model": {k: v for k, v in weights.items() if v is not None}}, path)
+
+    return spoil
+
+
+def shard_of(name):
+    def find(folder):
+        return folder / read_index(folder / "model.safetensors.index.json")[name]
+
+    return find
+
+
+QUERIES, LAST_WORDS = shard_of("query_tokens"), shard_of("lm_head.weight")
+PROJECTION = {"bias": "llama_proj.bias", "weight": "llama_proj.weight"}
+SPOILT = {
+    "missing shard": ("blip2", QUERIES, lambda p: p.unlink(), FileNotFoundError, "is missing"),
+    "truncated shard": ("vicuna", LAST_WORDS, cut, ValueError, "cut off or damaged"),
+    "page in a shard's place": ("vicuna", LAST_WORDS, lambda p: p.write_text("<html>"), ValueError, "damaged"),
+    "shard without its tensor": (
+        "blip2", QUERIES, lambda p: save_file({"other": torch.ones(1)}, p), ValueError, "no tensor '",
+    ),
+    "truncated index": (
+        "blip2", lambda f: f / "model.safetensors.index.json", cut, ValueError, "not an index of shards",
+    ),
+    "no weights": (
+        "vicuna", lambda f: f / "model.safetensors.index.json", lambda p: p.unlink(), FileNotFoundError, None,
+    ),
+    "no config": ("vicuna", lambda f: f / "config.json", lambda p: p.unlink(), (ValueError, OSError), None),
+    "another model": (
+        "vicuna", lambda f: f / "config.json", lambda p: p.write_text('{"model_type": "opt"}'), ValueError,
+        "type 'opt', not 'llama'",
+    ),
+    "no tokenizer": ("vicuna", lambda f: f / "tokenizer.json", lambda p: p.unlink(), FileNotFoundError, None),
+    "truncated tokenizer": ("vicuna", lambda f: f / "tokenizer.json", cut, ValueError, None),
+    "truncated projection": ("minigpt4.pth", None, cut, ValueError, "cut off or damaged"),
+    "projection missing": (
+        "minigpt4.pth", None, repickle(**{PROJECTION["bias"]: None}), ValueError, "no tensor 'llama_proj.bias'",
+    ),
+    "projection of the 13B": (
+        "minigpt4.pth", None, repickle(**{PROJECTION["weight"]: torch.zeros(40, 24)}), ValueError,
+        r"'llama_proj.weight' has shape \(40, 24\), not \(32, 24\)",
+    ),
+    "pickle with code": (
+        "minigpt4.pth", None, lambda p: torch.save({"model": Harm()}, p), ValueError, "holds more than tensors",
+    ),
+    "no checkpoint": ("minigpt4.pth", None, lambda p: p.unlink(), FileNotFoundError, "is missing"),
+}  # fmt: skip
+
+
+class Harm:
+    """What a pickle can do when it is trusted."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle's code was run",))
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_bad_parts_are_named_and_leave_nothing_behind(parts, tmp_path, case):
+    part, find, spoil, error, message = SPOILT[case]
+    copy = tmp_path / "parts"
+    shutil.copytree(parts["folder"], copy)
+    path = find(copy / part) if find else copy / part
+    spoil(path)
+    with pytest.raises(error, match=message) as raised:
+        compose(copy, tmp_path / "out" / "minigpt4")
+    assert str(path if message else copy / part) in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_crash_while_writing_leaves_nothing_and_what_is_there_is_kept(parts, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    target = tmp_path / "out" / "minigpt4"
+    with monkeypatch.context() as patch:
+        patch.setattr("mscke.models.compose.save_torch_state_dict", full)
+        with pytest.raises(OSError, match="No space"):
+            compose(parts["folder"], target)
+    assert not any(target.parent.iterdir())
+    compose(parts["folder"], target)
+    before = {p: p.stat().st_mtime_ns for p in target.iterdir()}
+    assert compose(parts["folder"], target) == target
+    assert {p: p.stat().st_mtime_ns for p in target.iterdir()} == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_memory_needed_is_what_a_loaded_model_takes(composed, mllm_folders, dtype):
+    for folder in (composed, *mllm_folders.values()):
+        needed = memory_needed(AutoConfig.from_pretrained(folder), dtype)
+        model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        tensors = [*model.parameters(), *model.buffers()]
+        assert needed == sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.fixture(scope="module")
+def hub_blip2(parts, tmp_path_factory):
+    """BLIP-2 OPT as the hub has it: sharded safetensors, OPT's byte-level tokenizer, a processor."""
+    folder = tmp_path_factory.mktemp("blip2-opt")
+    learner = ByteLevelBPETokenizer()
+    learner.train_from_iterator(TEXTS, 300, special_tokens=["<s>", "<pad>", "</s>", "<unk>"])
+    learned = json.loads(learner.to_str())["model"]
+    tokenizer = GPT2Tokenizer(
+        vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]], bos_token="</s>",
+        eos_token="</s>", pad_token="<pad>", unk_token="</s>", add_bos_token=True,
+    )  # fmt: skip
+    processor = Blip2Processor(BlipImageProcessor(size={"height": 42, "width": 42}), tokenizer, 4)
+    torch.manual_seed(4)
+    text = OPTConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=48,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128, init_std=0.3,
+        bos_token_id=2, eos_token_id=2, pad_token_id=1,
+    )  # fmt: skip
+    source = parts["blip2"].config
+    config = Blip2Config(
+        vision_config=source.vision_config, qformer_config=source.qformer_config, text_config=text,
+        num_query_tokens=4, image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+    )  # fmt: skip
+    model = Blip2ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.query_tokens)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("size", [42, 70])  # its own, and one at which positions are interpolated
+def test_blip2_as_the_hub_has_it(hub_blip2, records, size):
+    """MLLM's prompt, pixels and logits are those of transformers' own processor and forward pass."""
+    mllm = MLLM.from_pretrained(hub_blip2, "BLIP-2", image_size=size)
+    query = Query("What is on the red card?", records[0].edit.image)
+    processor = Blip2Processor.from_pretrained(hub_blip2)
+    inputs = processor(
+        Image.open(query.image).convert("RGB"), TEMPLATE.format(query.question), return_tensors="pt",
+        size={"height": size, "width": size},
+    )  # fmt: skip
+    assert mllm.prompts([query]) == inputs.input_ids.tolist()
+    ours = load_pixels([query.image], size)
+    torch.testing.assert_close(ours, inputs.pixel_values, atol=0.03, rtol=0)  # one grey level of resizing
+    with torch.inference_mode():
+        expected = mllm.model(**inputs | {"pixel_values": ours}, interpolate_pos_encoding=True).logits
+        embedded = embed(
+            mllm.model.language_model, inputs.input_ids, mllm.encoder.image_id, mllm.see([query])
+        )
+        logits = mllm.model.language_model(inputs_embeds=embedded).logits
+    torch.testing.assert_close(logits, expected)
+
+
+def test_another_size_is_another_image(hub_blip2, records, tmp_path):
+    paths = [records[0].edit.image]
+    own, larger = (MLLM.from_pretrained(hub_blip2, "BLIP-2", tmp_path, size) for size in (None, 70))
+    assert not torch.allclose(own.features(paths), larger.features(paths))
+    assert len(list(tmp_path.iterdir())) == 2  # kept apart on disk too
+
+
+def test_a_tokenizer_without_the_image_token_gets_it(hub_blip2, tmp_path):
+    """Early revisions of the hub's BLIP-2 leave it to the processor."""
+    learned = json.loads((hub_blip2 / "tokenizer.json").read_text())
+    assert learned["added_tokens"].pop()["content"] == IMAGE_TOKEN
+    shutil.copytree(hub_blip2, tmp_path / "early")
+    (tmp_path / "early" / "tokenizer.json").write_text(json.dumps(learned))
+    encoder = MLLM.from_pretrained(tmp_path / "early", "BLIP-2").encoder
+    assert encoder.image_id == AutoConfig.from_pretrained(hub_blip2).image_token_index
+
+
+def test_a_tokenizer_of_another_revision_is_refused(hub_blip2, tmp_path):
+    shutil.copytree(hub_blip2, tmp_path / "mixed")
+    config = AutoConfig.from_pretrained(hub_blip2)
+    config.image_token_index += 1
+    config.save_pretrained(tmp_path / "mixed")
+    with pytest.raises(ValueError, match="take both from one revision"):
+        MLLM.from_pretrained(tmp_path / "mixed", "BLIP-2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_answers(composed, hub_blip2, records, dtype):
+    queries = [Query("What is it?", records[0].edit.image), Query("What is it?")]
+    for folder in (composed, hub_blip2):
+        mllm = MLLM.from_pretrained(folder, "half", dtype=dtype)
+        assert len(mllm.answer(queries)) == 2
+        assert all(f.top.shape[1] == 10 for f in mllm.force(queries, ["a kite", "a kite"]))
+
+
+def test_an_answer_ends_where_the_next_turn_begins(hub_blip2, composed, records, monkeypatch):
+    spoken = {hub_blip2: " a kite\nQuestion: what", composed: "a kite###Human: <Img>"}
+    for folder, text in spoken.items():
+        mllm = MLLM.from_pretrained(folder, "stop")
+        monkeypatch.setattr(mllm.tokenizer, "batch_decode", lambda *_, text=text, **__: [text])
+        assert mllm.answer([Query("What is it?", records[0].edit.image)]) == ["a kite"]

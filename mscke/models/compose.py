@@ -33,6 +33,7 @@ SEEING = ("vision_model.", "query_tokens", "qformer.")  # what MiniGPT-4 takes o
 TEXT, PROJECTION, LLAMA_PROJECTION = "language_model.", "language_projection.", "llama_proj."
 WORDS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")  # a row each token
 SAVED = ("model.safetensors", "pytorch_model.bin")  # the names transformers saves by, best first
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def compose_minigpt4(blip2: Path, minigpt4: Path, vicuna: Path, target: Path, shard: str = "2GB") -> Path:
@@ -67,7 +68,9 @@ def compose_minigpt4(blip2: Path, minigpt4: Path, vicuna: Path, target: Path, sh
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``folder``. Raises ValueError that says what to install or fetch if there is none."""
+    """The tokenizer in ``folder``. Raises FileNotFoundError or ValueError that says what to fetch or install."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):  # transformers would make an empty one up
+        raise FileNotFoundError(f"{folder}: no {' and no '.join(TOKENIZERS)}")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError, ImportError) as error:
