@@ -125,9 +125,9 @@ def hang_up(handler):
 
 
 def drip(handler):
-    """Never quite silent, never done: a space every 50 ms for 3 s."""
+    """Never quite silent, never done: a space every 50 ms for 6 s."""
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-    for _ in range(60):
+    for _ in range(120):
         handler.wfile.write(b" ")
         time.sleep(0.05)
     return hang_up(handler)

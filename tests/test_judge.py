@@ -143,7 +143,7 @@ def test_a_judge_that_never_answers_is_a_clear_error_and_the_rest_is_kept(fault,
         begun = time.monotonic()
         with pytest.raises(JudgeError, match=r"no usable answer in 2 attempts.*run again to go on") as error:
             judge(server, attempts=2, concurrency=1, timeout=SHORT).ask_all(requests)
-        assert time.monotonic() - begun < 4 * SHORT
+        assert time.monotonic() - begun < 10
         assert server.url in str(error.value)
         assert KEY not in str(error.value)
         assert len(server.bodies) == 4  # two answered, one tried twice, the last never begun

@@ -185,7 +185,7 @@ def run(track: Track, bench: Benchmark) -> pd.DataFrame:
     """Every row, on the track's first backbone; written to ``tables/bench.csv`` among its figures."""
     base = build.load_base(track, next(iter(track.backbones)))
     in_scope, _ = build.counterfactual(track, bench, base)
-    classifier, _ = build.mscke_classifier(track, bench, build.clip_encoder(track))
+    classifier, _ = build.classifier(track, "MSCKE")
     few = bench.test[:N_RECORDS]
     table = pd.DataFrame([
         *route(classifier, bench.test),
