@@ -3,6 +3,7 @@
 import sys
 import time
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +14,9 @@ from mscke.classifier import ScopeClassifier
 from mscke.editors.mscke import MSCKE
 from mscke.evaluation import bench, cost, peak
 from mscke.models.counterfactual import CounterfactualModel
+from mscke.models.mllm import MLLM
+from mscke.report import costs
+from mscke.report.paper import reported_cost
 from mscke.workers import in_processes
 
 pytest_plugins = ["tiny"]
@@ -89,6 +93,16 @@ def test_every_parameter_is_counted_once(parts, mllm, in_scope, classifier, enco
     assert parameters["counterfactual language model"] == size(in_scope)
     assert parameters["memory lookup"] == len(memory) * classifier.dim
     assert (table["bytes"] == 4 * parameters).all()
+
+
+def test_no_flop_of_the_vision_is_the_language_models(mllm, in_scope, records):
+    fresh = MLLM(mllm.model, mllm.tokenizer, "fresh")  # has seen no image
+    first = cost.base_components(fresh, [records[0].in_scope])[1]
+    once, again = cost.flops(lambda: first.run(1)), cost.flops(lambda: first.run(1))
+    assert once == again > 0
+    fresh = CounterfactualModel.beside(MLLM(mllm.model, mllm.tokenizer, "fresh"))
+    part = cost.counterfactual_component(fresh, records[:1])
+    assert cost.flops(lambda: part.run(1)) == cost.flops(lambda: part.run(1)) > 0
 
 
 def test_bytes_follow_the_type_of_number():
@@ -238,3 +252,52 @@ def test_a_forgetful_editor_answers_alike_and_shares_nothing_remembered(blip2, c
     assert fresh.in_scope.base is base and editor.in_scope.base is blip2
     assert fresh.edit(few).answer(queries) == expected
     assert base.images.rows and (editor.classifier.encoder.texts, blip2.images) == tables
+
+
+# ------------------------------------------------------------------------------- report
+
+
+@pytest.fixture(scope="module")
+def costed(parts):
+    """(counts, latency) of two backbones; times made up: 1 + place ms one at a time, half of it in batches."""
+    counted = cost.counts(list(parts.values()))
+    times = [
+        {"component": name, "batch": batch, "ms": ms, "lo": 0.9 * ms, "hi": 1.2 * ms}
+        for i, name in enumerate(parts)
+        for batch, ms in ((1, 1.0 + i), (8, (1.0 + i) / 2))
+    ]
+    both = ("A", "B")
+    return tuple(pd.concat([pd.DataFrame(x).assign(backbone=b) for b in both]) for x in (counted, times))
+
+
+def test_the_tables_say_what_was_measured(costed):
+    table = costs.cost_table(*costed)
+    assert len(table) == 14 and table.groupby("backbone").size().tolist() == [7, 7]
+    head = table[(table.backbone == "B") & (table.component == "classifier head")].iloc[0]
+    assert head.ms_1 == 3.0 and head.ms_8_lo == pytest.approx(1.35) and head.ms_8_hi == pytest.approx(1.8)
+    assert head.mib == head.parameters * 4 / 2**20
+
+    peaks = pd.DataFrame(
+        [(part, batch, 10.0 * batch) for part in cost.PARTS for batch in (1, 8)],
+        columns=["part", "batch", "mib"],
+    )
+    beside = costs.part_table(table[table.backbone == "A"], peaks).set_index("part")
+    assert beside.loc["scope classifier", "ms_1"] == 1 + 2 + 3 + 4
+    assert beside.loc["counterfactual model", "share_8"] == pytest.approx((5 + 7) / (5 + 6))
+    assert beside["mib_8"].tolist() == [80.0] * 3
+    paper = reported_cost().set_index("part")["milliseconds"]
+    np.testing.assert_allclose(beside["reported_share"], paper / paper["base model"])
+
+
+def test_figures_show_what_was_measured(costed):
+    fig = costs.plot_latency(costed[1])
+    labels = [label.get_text() for label in fig.axes[0].get_yticklabels()]
+    assert len(fig.axes) == 2 and labels[0] == "CLIP text" and len(labels) == 7
+    sizes, theirs = [1, 10, 1000, 10_000], [0.01, 0.02, 2.0, np.nan]
+    rows = pd.DataFrame({"n": sizes, "ours": 0.01, "baseline": theirs})
+    ax = costs.plot_route(rows.assign(ratio=rows.baseline / rows.ours)).axes[0]
+    measured, extrapolated, ours = ax.get_lines()
+    assert measured.get_xdata().tolist() == [1, 10, 1000] and ours.get_xdata().tolist() == sizes
+    assert extrapolated.get_ydata().tolist() == [2.0, 20.0]
+    assert "200 ×" in [text.get_text().strip() for text in ax.texts]
+    plt.close("all")

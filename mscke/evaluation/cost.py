@@ -68,11 +68,12 @@ def scope_components(
 def base_components(base: MLLM, queries: Sequence[Query]) -> list[Component]:
     """The base model's two halves: image to Q-Former features; those and the question to an answer."""
     model, images = base.model, [q.image for q in queries]
+    base.features(images)  # kept from here on, so that the language model's share holds no vision
     seeing = [*_weights(model.vision_model, model.qformer), model.query_tokens]
 
     def answer(n: int) -> list[str]:
-        visual = base.see(queries[:n])  # features that were kept, projected
-        return generate(model.language_model, base.encoder, base.prompts(queries[:n]), visual)
+        prompts, visual = base.prompts(queries[:n]), base.see(queries[:n])
+        return generate(model.language_model, base.encoder, prompts, visual)
 
     return [
         Component("vision and Q-Former", seeing, lambda n: base.images.compute(images[:n])),
@@ -83,6 +84,7 @@ def base_components(base: MLLM, queries: Sequence[Query]) -> list[Component]:
 def counterfactual_component(in_scope: CounterfactualModel, records: Sequence[EditRecord]) -> Component:
     """The counterfactual model's own half; it sees through the base model's vision tower."""
     queries, edits = [r.in_scope for r in records], [r.edit for r in records]
+    in_scope.base.features([q.image for q in queries])  # as above
     name = "counterfactual language model"
     return Component(name, _weights(in_scope), lambda n: in_scope.answer(queries[:n], edits[:n]))
 

@@ -9,14 +9,13 @@ nothing is rounded, and all of it stays mapped from disk but for the tensor bein
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Size, Tensor
 from transformers import (
     AddedToken,
@@ -107,7 +106,7 @@ def add_image_token(
     for name in WORDS:
         if name in state:
             rows = state[name]
-            mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
+            mean = rows.mean(0, keepdim=True, dtype=torch.float32).to(rows.dtype)
             state[name] = torch.cat([rows, mean.expand(text.vocab_size - len(rows), -1)])
 
 
@@ -165,10 +164,12 @@ def open_weights(path: Path) -> dict[str, Tensor]:
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: refused, for it holds more than tensors ({error})") from None
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: cut off or damaged; fetch it again ({error})") from None
+    except (
+        Exception
+    ) as error:  # SafetensorError, RuntimeError, EOFError; UnpicklingError for code in a pickle
+        refused = type(error).__name__ == "UnpicklingError"
+        what = "refused, for it holds more than tensors" if refused else "cut off or damaged; fetch it again"
+        raise ValueError(f"{path}: {what} ({error})") from None
     return loaded.get("model", loaded)
 
 

@@ -58,9 +58,7 @@ def plot_latency(latency: pd.DataFrame) -> Figure:
         for (batch, part), colour, marker in zip(ours.groupby("batch"), (IN, OUT), "os", strict=True):
             rows = [names.index(name) for name in part["component"]]
             ax.hlines(rows, part["lo"], part["hi"], color=colour, lw=2)
-            ax.plot(
-                part["ms"], rows, marker, color=colour, mec="white", mew=0.6, label=f"in batches of {batch}"
-            )
+            ax.plot(part["ms"], rows, marker, color=colour, mec="white", mew=0.6, label=_batches(batch))
         ax.set(title=backbone, xscale="log", ylim=(len(names) - 0.5, -0.5))
         ax.set_yticks(range(len(names)), names)
         ax.tick_params(axis="y", length=0)
@@ -74,7 +72,7 @@ def plot_latency(latency: pd.DataFrame) -> Figure:
 def plot_shares(parts: pd.DataFrame) -> Figure:
     """Time of each part as a share of the base model's, ours by batch and the paper's (:func:`part_table`)."""
     shares = [c for c in parts if c.startswith("share_")]
-    labels = [f"ours, {'one at a time' if c == 'share_1' else f'batches of {c[6:]}'}" for c in shares]
+    labels = [f"ours, {_batches(int(c[6:]))}" for c in shares]
     fig, ax = plt.subplots(figsize=(5.6, 2.0))
     columns = zip([*shares, "reported_share"], [*labels, "the paper's"], (IN, OUT, PAPER), "osD", strict=True)
     for column, label, colour, marker in columns:
@@ -103,7 +101,7 @@ def plot_route(rows: pd.DataFrame) -> Figure:
         rest["n"], rest["n"] * last["baseline"] / last["n"], ":", color=OUT, label="the same, extrapolated"
     )
     ax.plot(rows["n"], rows["ours"], "o-", color=IN, label="embedded once, searched as a matrix (ours)")
-    for row in known[known["ratio"] >= 2].itertuples():
+    for row in known[known["ratio"] >= 3].itertuples():
         middle = np.sqrt(row.ours * row.baseline)
         ax.annotate(
             "",
@@ -118,3 +116,7 @@ def plot_route(rows: pd.DataFrame) -> Figure:
     ax.grid(axis="both")
     ax.legend(loc="upper left")
     return fig
+
+
+def _batches(size: int) -> str:
+    return "one at a time" if size == 1 else f"in batches of {size}"

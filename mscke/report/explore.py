@@ -100,7 +100,7 @@ def _draw_confusion(ax, table: pd.DataFrame) -> None:
     for side, colour in (("in scope", IN), ("out of scope", OUT)):
         taken, left = table[f"{side} taken"], table[f"{side} left"]
         ax.plot(100 * taken / (taken + left), range(len(table)), "o", color=colour, label=side)
-    draw_rows(ax, [f"{name}  ({n:,})" for name, n in table.sum(1).items()])
+    draw_rows(ax, [f"{name}  ({n:,})" for name, n in table.sum(axis=1).items()])
     ax.set(xlim=(-4, 104), xlabel="questions taken by the edit (%)", title="by reference")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, fontsize=7.5)
 

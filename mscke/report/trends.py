@@ -39,7 +39,7 @@ def plot_trends(
     """
     panels, hues, marks = table[panel].unique(), table[hue].unique(), marks or {}
     colours = [METHOD_COLOURS.get(name, f"C{k}") for k, name in enumerate(hues)]
-    columns = min(3, len(panels))
+    columns = len(panels) if len(panels) <= 4 else 3
     rows = -(-len(panels) // columns)
     size = (max(2.2 * columns, 5.4) + 0.6, 1.7 * rows + 0.7)
     fig, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
