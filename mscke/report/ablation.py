@@ -63,10 +63,11 @@ def plot_seeds(
     for ax, metric in zip(axes[0], metrics, strict=True):
         for k, name in enumerate(hues):
             part = table[(table["metric"] == metric) & (table[hue] == name)]
-            _dots(ax, part, row, rows, 0.2 * (k - (len(hues) - 1) / 2), f"C{k}")
+            shift = min(0.2, 0.75 / len(hues)) * (k - (len(hues) - 1) / 2)
+            _dots(ax, part, row, rows, shift, f"C{k}")
             if reported is not None and metric == "specificity":
                 theirs = reported[reported[hue] == name]
-                places = [rows.index(level) + 0.2 * (k - (len(hues) - 1) / 2) for level in theirs[row]]
+                places = [rows.index(level) + shift for level in theirs[row]]
                 ax.plot(theirs["value"], places, "D", mfc="white", mec=f"C{k}", mew=0.9, ms=4, zorder=3)
         ax.set_title(metric_label(metric))
         draw_rows(ax, rows)

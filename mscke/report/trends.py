@@ -104,4 +104,4 @@ def _log_ticks(axes: np.ndarray, places: list[int]) -> None:
     axes[0, 0].set_xscale("log")
     axes[0, 0].set_xticks(places, [f"{v / 1000:.2g}k" if v >= 1000 else f"{v:,}" for v in places])
     for ax in axes.flat:
-        ax.tick_params(axis="x", which="minor", bottom=False)
+        ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
