@@ -25,8 +25,7 @@ class EditMemory:
 
     def __init__(self, dim: int, fingerprint: str = ""):
         self.dim, self.fingerprint = dim, fingerprint
-        self._matrix = torch.empty(0, dim)
-        self._ids: list[int] = []
+        self._hold(torch.empty(0, dim), [])
         self._edits: dict[int, Edit] = {}
         self._next = 0
 
@@ -42,9 +41,14 @@ class EditMemory:
         if missing := set(ids) - self._edits.keys():
             raise KeyError(f"no edit with id {sorted(missing)} in memory")
 
+    def _hold(self, matrix: Tensor, ids: list[int]) -> None:
+        """Keep what a lookup needs beside the matrix: ‖z_e‖² of every row, and the ids as a tensor."""
+        self._matrix, self._squares = matrix, matrix.square().sum(-1)
+        self._ids, self._id_row = ids, torch.tensor(ids, dtype=torch.long)
+
     @property
     def ids(self) -> Tensor:
-        return torch.tensor(self._ids, dtype=torch.long)
+        return self._id_row
 
     @property
     def embeddings(self) -> Tensor:
@@ -65,8 +69,8 @@ class EditMemory:
         if bad:
             raise ValueError(f"the embeddings of edits {bad[:5]} are not finite; nothing was stored")
         ids = list(range(self._next, self._next + len(edits)))
-        self._matrix = torch.cat([self._matrix, embeddings.detach().to("cpu", torch.float32)])
-        self._ids += ids
+        matrix = torch.cat([self._matrix, embeddings.detach().to("cpu", torch.float32)])
+        self._hold(matrix, self._ids + ids)
         self._edits.update(zip(ids, edits, strict=True))
         self._next += len(edits)
         return ids
@@ -76,8 +80,7 @@ class EditMemory:
         gone = set(ids)
         self._require(gone)
         keep = [i for i, edit_id in enumerate(self._ids) if edit_id not in gone]
-        self._matrix = self._matrix[keep]
-        self._ids = [self._ids[i] for i in keep]
+        self._hold(self._matrix[keep], [self._ids[i] for i in keep])
         for edit_id in gone:
             del self._edits[edit_id]
 
@@ -94,9 +97,7 @@ class EditMemory:
         if k == 0:
             empty = embeddings.new_empty(len(embeddings), 0)
             return empty, empty.long()
-        squared = (
-            self._matrix.square().sum(-1) - 2 * embeddings @ self._matrix.T
-        )  # + ‖query‖², the same in a row
+        squared = self._squares - 2 * embeddings @ self._matrix.T  # + ‖query‖², the same in a row
         _, rows = squared.topk(k, largest=False)
         exact = (embeddings.unsqueeze(1) - self._matrix[rows]).square().sum(-1)
         return exact, self.ids[rows]
@@ -123,6 +124,7 @@ class EditMemory:
                 "embed its edits again with this classifier (EditMemory.add) to use them"
             )
         memory = cls(matrix.shape[1], header["fingerprint"])
-        memory._matrix, memory._ids, memory._next = matrix, json.loads(header["ids"]), int(header["next"])
+        memory._hold(matrix, json.loads(header["ids"]))
+        memory._next = int(header["next"])
         memory._edits = {int(i): Edit(**e) for i, e in json.loads(header["edits"]).items()}
         return memory

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerBase
 
 from mscke.benchmark.sample import Query, open_image
 from mscke.models.features import ImageTable, fingerprint
@@ -40,14 +40,20 @@ def load_pixels(paths: Sequence[str], size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a backbone wraps its visual tokens: ``before`` <visual tokens> ``after`` question."""
+    """How a backbone wraps its visual tokens: ``start`` ``before`` <visual tokens> ``after`` question.
 
+    Each piece is tokenised by itself, as the releases do: Llama's tokens differ after a start token.
+    A generated answer ends at ``stop``.
+    """
+
+    start: str
     before: str
     after: str
+    stop: str
 
 
-BLIP2_FORMAT = PromptFormat("", "</s>")  # visual tokens first, then OPT's start token
-MINIGPT4_FORMAT = PromptFormat("<s>###Human: <Img>", "</Img> ")
+BLIP2_FORMAT = PromptFormat("", "", "</s>", stop="\n")  # visual tokens first, then OPT's start token
+MINIGPT4_FORMAT = PromptFormat("<s>", "###Human: <Img>", "</Img> ", stop="###")
 FORMATS = {"opt": BLIP2_FORMAT, "llama": MINIGPT4_FORMAT}
 
 
@@ -68,11 +74,15 @@ class PromptEncoder:
     """Turns questions (and answers) into token ids, with placeholders for the visual tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: PromptFormat, n_visual: int):
-        self.tokenizer, self.n_visual = tokenizer, n_visual
+        self.tokenizer, self.n_visual, self.stop = tokenizer, n_visual, prompt.stop
+        # as transformers' processor of BLIP-2 does; nothing is added where it is there already
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         visual = [self.image_id] * n_visual
-        self._image_prefix = self._ids(prompt.before) + visual + self._ids(prompt.after)
+        self._image_prefix = (
+            self._ids(prompt.start) + self._ids(prompt.before) + visual + self._ids(prompt.after)
+        )
         self._text_prefix = [tokenizer.bos_token_id]
         self._memo: dict[str, list[int]] = {}
 
@@ -154,7 +164,7 @@ def generate(
         eos_token_id=encoder.eos_id,
     )  # fmt: skip
     texts = encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return [normalise_answer(text) for text in texts]
+    return [normalise_answer(text.split(encoder.stop)[0]) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -200,29 +210,51 @@ class MLLM:
 
     What is frozen is remembered: an image's Q-Former features, and the answer to a question that
     was asked before. ``with_context`` prepends text (an in-context edit) to a question.
+    ``image_size``: the side of the images it is shown, in pixels, its own if None; at another the vision
+    tower's position embeddings are interpolated (the paper shows 364² to towers trained at 224²).
     """
 
     def __init__(
-        self, model: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, name: str, cache=None
+        self,
+        model: Blip2ForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        cache: Path | None = None,
+        image_size: int | None = None,
     ):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         prompt = FORMATS[model.config.text_config.model_type]
         self.encoder = PromptEncoder(tokenizer, prompt, model.config.num_query_tokens)
-        self.images = ImageTable(self._look, cache and cache / f"qformer-{self.eyes()}.safetensors")
+        if model.config.image_token_index not in (None, self.encoder.image_id):
+            raise ValueError(
+                f"{name}: {IMAGE_TOKEN} is token {model.config.image_token_index} in the model's config but "
+                f"{self.encoder.image_id} in its tokenizer; take both from one revision"
+            )
+        self.image_size = image_size or model.config.vision_config.image_size
+        table = f"qformer-{self.eyes()}-{self.image_size}.safetensors"
+        self.images = ImageTable(self._look, cache and cache / table)
         self._answers: dict[Query, str] = {}
         self._forced: dict[tuple[Query, str], Forced] = {}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, name: str, cache: Path | None = None, **kwargs) -> MLLM:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        name: str,
+        cache: Path | None = None,
+        image_size: int | None = None,
+        **kwargs,
+    ) -> MLLM:
         """Load a model saved in transformers' own format (safetensors only).
 
-        ``cache``: a folder in which the images' features survive the process.
+        ``cache``: a folder in which the images' features survive the process. ``kwargs`` go to
+        transformers: ``dtype`` (float32 unless told), ``device_map``, ``quantization_config``.
         """
         kwargs = {"dtype": torch.float32} | kwargs
         model = Blip2ForConditionalGeneration.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, **kwargs
         )
-        return cls(model, AutoTokenizer.from_pretrained(folder), name, cache)
+        return cls(model, AutoTokenizer.from_pretrained(folder), name, cache, image_size)
 
     def eyes(self) -> str:
         """Names the weights that see: two models on one vision tower and Q-Former share features."""
@@ -236,9 +268,8 @@ class MLLM:
         return self.images.columns[0][rows]
 
     def _look(self, paths: list[str]) -> tuple[Tensor]:
-        size = self.model.config.vision_config.image_size
-        pixels = load_pixels(paths, size).to(self.model.device, self.model.dtype)
-        states = self.model.vision_model(pixel_values=pixels).last_hidden_state
+        pixels = load_pixels(paths, self.image_size).to(self.model.device, self.model.dtype)
+        states = self.model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
         tokens = self.model.query_tokens.expand(len(paths), -1, -1)
         return (self.model.qformer(query_embeds=tokens, encoder_hidden_states=states)[0],)
 
