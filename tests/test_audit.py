@@ -28,7 +28,9 @@ TRACK = get_track("mini")
 STORED = TRACK.figures / "records" / "main_results.parquet"
 SAMPLE = 24
 
-pytestmark = pytest.mark.skipif(not STORED.exists(), reason="no committed results: run `make reproduce` first")
+pytestmark = pytest.mark.skipif(
+    not STORED.exists(), reason="no committed results: run `make reproduce` first"
+)
 
 
 @pytest.fixture(scope="module")
