@@ -99,10 +99,10 @@ def train_classifier(
         }
 
     made_of = {
-        "records": _digest(train), "frozen": fingerprint(classifier.encoder.model),
+        "records": digest(train), "frozen": fingerprint(classifier.encoder.model),
         "weights": list(weights), "others": others,
     }  # fmt: skip
-    return _fit(classifier, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed, made_of)
+    return fit(classifier, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed, made_of)
 
 
 def train_counterfactual(
@@ -132,11 +132,11 @@ def train_counterfactual(
         right = torch.tensor([a == normalise_answer(b) for a, b in pairs])
         return {f"right_{r}": float(v) for r, v in zip(roles, right.float().view(-1, 3).mean(0), strict=True)}
 
-    made_of = {"records": _digest(train), "frozen": model.base.eyes()}
-    return _fit(model, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed, made_of)
+    made_of = {"records": digest(train), "frozen": model.base.eyes()}
+    return fit(model, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed, made_of)
 
 
-def _fit(
+def fit(
     model: nn.Module,
     loss: Callable[[Tensor], Tensor],
     evaluate: Callable[[], dict[str, float]],
@@ -207,7 +207,7 @@ def _publish(model: nn.Module, rows: list[dict], folder: Path) -> None:
     write_whole(folder / "curve.csv", lambda p: pd.DataFrame(rows).to_csv(p, index=False))
 
 
-def _digest(records: Sequence[EditRecord]) -> str:
+def digest(records: Sequence[EditRecord]) -> str:
     """Sixteen hex digits that name the records' texts and images, wherever these lie."""
     texts = [
         (Path(r.edit.image).name, r.edit.answer, [q.question for q in r.queries.values()], r.answers)

@@ -228,6 +228,6 @@ def test_every_epoch_reads_each_record_once_in_an_order_of_its_own(tmp_path):
         seen.extend(rows.tolist())
         return model.weight.sum()
 
-    training._fit(model, loss, dict, 20, tmp_path, 3, 1e-3, 6, 0, {})
+    training.fit(model, loss, dict, 20, tmp_path, 3, 1e-3, 6, 0, {})
     orders = [tuple(seen[i : i + 20]) for i in (0, 20, 40)]
     assert all(sorted(order) == list(range(20)) for order in orders) and len(set(orders)) == 3

@@ -20,7 +20,7 @@ from mscke.benchmark.sample import Edit, EditRecord, Query
 from mscke.editors.deltas import DeltaModel, Deltas, Dense, LowRank, Stages, applied, gradient, matrices, read
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM, Forced, normalise_answer
-from mscke.training import IN_ROLES, ROLES, _digest, _fit
+from mscke.training import IN_ROLES, ROLES, digest, fit
 
 MEASURED = 256  # train edits whose gradients give the pairs' mean and standard deviation
 
@@ -180,7 +180,7 @@ def train_mend(
     c_edit: float = 1.0,
     c_loc: float = 1.0,
 ) -> pd.DataFrame:
-    """Train MEND's networks in place; returns the curve, resumes as :func:`mscke.training._fit` says."""
+    """Train MEND's networks in place; returns the curve, resumes as :func:`mscke.training.fit` says."""
     mend.networks.measure(mend.gradients([r.edit for r in train[:MEASURED]]))
 
     def loss(rows: Tensor) -> Tensor:
@@ -195,5 +195,5 @@ def train_mend(
         return {f"right_{r}": float(v) for r, v in zip(ROLES, right, strict=True)}
 
     frozen = fingerprint(mend.base.model)
-    made_of = {"records": _digest(train), "frozen": frozen, "c_edit": c_edit, "c_loc": c_loc}
-    return _fit(mend.networks, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed, made_of)
+    made_of = {"records": digest(train), "frozen": frozen, "c_edit": c_edit, "c_loc": c_loc}
+    return fit(mend.networks, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed, made_of)
