@@ -6,7 +6,7 @@ import torch
 from mscke.benchmark.sample import Query
 from mscke.classifier import ScopeClassifier
 from mscke.editors.mscke import MSCKE, own_edits
-from mscke.editors.serac import MiniLMEncoder, text_classifier
+from mscke.editors.serac import MiniLMEncoder
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
@@ -142,7 +142,7 @@ def test_each_call_of_edit_starts_a_fresh_memory(mllm, counterfactual, classifie
 @pytest.fixture(scope="module")
 def serac_scope():
     torch.manual_seed(10)
-    return text_classifier(MiniLMEncoder()).eval()
+    return ScopeClassifier("all-MiniLM-L6-v2", fusion="text", encoder=MiniLMEncoder()).eval()
 
 
 def test_serac_reads_text_alone(serac_scope, records, queries):

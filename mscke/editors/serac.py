@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from mscke.benchmark.sample import Query
-from mscke.classifier import Features, ScopeClassifier, side_texts
+from mscke.classifier import Features, side_texts
 from mscke.models.features import FeatureTable, fingerprint
 
 
@@ -48,8 +48,3 @@ class MiniLMEncoder:
         nothing = torch.zeros(len(rows), 1)
         image = torch.full((len(rows),), -1)
         return Features(self.texts.columns[0][rows], image, nothing[:1], nothing[:1, None], nothing)
-
-
-def text_classifier(encoder: MiniLMEncoder, similarity: str = "logistic") -> ScopeClassifier:
-    """SERAC's scope classifier: a trained head on frozen sentence embeddings."""
-    return ScopeClassifier("all-MiniLM-L6-v2", fusion="text", similarity=similarity, encoder=encoder)

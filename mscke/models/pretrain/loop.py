@@ -120,15 +120,6 @@ def make_optimisers(
     )]  # fmt: skip
 
 
-def finished(name: str, folder: Path, steps: int) -> bool:
-    """Has the stage run to its end?"""
-    path = folder / f"{name}.csv"
-    if not path.exists():
-        return False
-    with path.open() as file:
-        return any(int(row["step"]) >= steps for row in csv.DictReader(file))
-
-
 def _write_csv(path: Path, rows: list[dict]) -> None:
     fields = list(dict.fromkeys(key for row in rows for key in row))
     temporary = path.with_suffix(".tmp")
