@@ -12,12 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from mscke.benchmark import load_records
 from mscke.benchmark.generate import record
 from mscke.benchmark.scenes import render
 from mscke.classifier import ClipEncoder, ScopeClassifier
 from mscke.config import get_track
+from mscke.editors.finetune import FineTune
+from mscke.editors.mend import MEND, MendNetworks
 from mscke.editors.mscke import MSCKE
 from mscke.editors.serac import MiniLMEncoder
 from mscke.evaluation.protocol import evaluate
@@ -59,10 +62,18 @@ def test_recomputed_rows_are_the_committed_ones(stored, sample, backbone):
     in_scope = CounterfactualModel.from_pretrained(TRACK.published / f"counterfactual-{backbone.lower()}")
     in_scope.eval().attach(base)
     minilm, clip = MiniLMEncoder(), ClipEncoder(TRACK.clips[TRACK.clip])
+    networks = MendNetworks.beside(base)
+    networks.load_state_dict(load_file(TRACK.published / f"mend-{backbone.lower()}.safetensors"))
+    mend = MEND(base, networks.eval())
+    editors = [FineTune(base), mend]
     for method, encoder in (("SERAC", minilm), ("SERAC+fg", minilm), ("MSCKE", clip)):
         folder = TRACK.published / f"scope-{method.lower().replace('+', '-')}"
         classifier = ScopeClassifier.from_pretrained(folder, encoder=encoder).eval()
-        rows = evaluate(MSCKE(base, in_scope, classifier, method), base, records, "mini")
+        editors.append(MSCKE(base, in_scope, classifier, method))
+    editors.append(MSCKE(base, mend, classifier, "MSCKE-MEND"))
+    for editor in editors:
+        method = editor.name
+        rows = evaluate(editor, base, records, "mini")
         rows["record"] = numbers[rows["record"]]
         key = ["protocol", "record", "metric"]
         mine = rows.set_index(key).sort_index()
