@@ -46,8 +46,9 @@ def scope_loss(
 ) -> tuple[Tensor, Tensor]:
     """Binary cross-entropy of in- and out-of-scope queries (§3): (loss, logits of own queries (R, 5)).
 
-    ``others`` weighs the mean over every *other* record's visual queries in the batch, which are all
-    out of scope: what keeps edits apart when many share one memory.
+    ``others`` weighs the visual queries against *other* records' edits in the batch, which are all out of
+    scope: what keeps edits apart when many share one memory. Of them the nearest counts, for in a
+    memory the nearest decides; their mean would hardly feel the few look-alikes.
     """
     z_edit, z_query = classifier(edits), classifier(queries)
     n = len(z_edit)
@@ -58,8 +59,9 @@ def scope_loss(
     if others and n > 1:
         asked = z_query.unflatten(0, (n, 5))[:, :4].flatten(0, 1)  # (4 R, d), visual ones
         squared = z_edit.square().sum(-1, keepdim=True) + asked.square().sum(-1) - 2 * z_edit @ asked.T
-        strangers = F.softplus(classifier.logit(squared.clamp(min=0))).unflatten(1, (n, 4)).sum(-1)  # (R, R)
-        loss = loss + others * strangers.fill_diagonal_(0).sum() / (4 * n * (n - 1))
+        strangers = classifier.logit(squared.clamp(min=0)).unflatten(1, (n, 4))  # (R, R, 4)
+        strangers = strangers.masked_fill(torch.eye(n, dtype=torch.bool).unsqueeze(-1), -torch.inf)
+        loss = loss + others * F.softplus(strangers.amax(0)).mean()
     return loss, own
 
 

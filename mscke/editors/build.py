@@ -26,7 +26,8 @@ from mscke.workers import in_processes
 
 SCOPED = {  # the methods with a scope classifier of their own
     "SERAC": Spec("text", encoder=SENTENCES, supervision="released"),
-    "SERAC+fg": Spec("text", encoder=SENTENCES),
+    # without strangers: in the same words as another record's edit, text alone would reject its own
+    "SERAC+fg": Spec("text", encoder=SENTENCES, supervision="own-record"),
     "MSCKE": Spec("dot"),
 }
 METHODS = ("FT-LLM", "IKE", "SERAC", "SERAC+fg", "MEND", "MSCKE", "MSCKE-MEND")
