@@ -23,7 +23,7 @@ class Track:
     classifier_epochs: int
     counterfactual_epochs: int
     mend_epochs: int
-    ike_records: int = 150  # validation records on which IKE's number of demonstrations is chosen
+    ike_records: int = 60  # validation records on which IKE's number of demonstrations is chosen
     validation: float = 0.1  # share of train
     seed: int = 0
 
@@ -66,7 +66,7 @@ _MINI = {
 }
 
 TRACKS = {
-    "mini": Track("mini", 8334, 2778, **_MINI, classifier_epochs=8, counterfactual_epochs=2, mend_epochs=2),
+    "mini": Track("mini", 8334, 2778, **_MINI, classifier_epochs=5, counterfactual_epochs=2, mend_epochs=1),
     "smoke": Track("smoke", 96, 32, **_MINI, classifier_epochs=2, counterfactual_epochs=1, mend_epochs=1),
 }
 

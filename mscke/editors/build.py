@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pandas as pd
@@ -26,10 +25,10 @@ from mscke.workers import in_processes
 
 SCOPED = {  # the methods with a scope classifier of their own
     "SERAC": Spec("text", encoder=SENTENCES, supervision="released"),
-    # without strangers: in the same words as another record's edit, text alone would reject its own
-    "SERAC+fg": Spec("text", encoder=SENTENCES, supervision="own-record"),
+    "SERAC+fg": Spec("text", encoder=SENTENCES),
     "MSCKE": Spec("dot"),
 }
+IN_SCOPE = {method: "counterfactual" for method in SCOPED} | {"MSCKE-MEND": "MEND"}  # who answers for whom
 METHODS = ("FT-LLM", "IKE", "SERAC", "SERAC+fg", "MEND", "MSCKE", "MSCKE-MEND")
 
 
@@ -117,19 +116,25 @@ def ike(track: Track, bench: Benchmark, base: MLLM) -> IKE:
     )
 
 
+def answerer(track: Track, bench: Benchmark, base: MLLM, name: str) -> CounterfactualModel | MEND:
+    """What answers in scope: one of the values of :data:`IN_SCOPE`."""
+    if name == "MEND":
+        return MEND(base, mend(track, bench, base)[0])
+    return counterfactual(track, bench, base)[0]
+
+
 def routed(base: MLLM, in_scope: CounterfactualModel, scope: dict[str, ScopeClassifier]) -> list[MSCKE]:
     """SERAC's and MSCKE's editors: they differ in their scope classifier and in nothing else."""
     return [MSCKE(base, in_scope, classifier, name) for name, classifier in scope.items()]
 
 
-def editors(track: Track, bench: Benchmark, base: MLLM) -> Iterator[Editor]:
-    """Every method of the main table on one backbone, in its order, made when it is reached."""
-    yield FineTune(base)
-    yield ike(track, bench, base)
-    scope = {name: classifier for name, (classifier, _) in classifiers(track).items()}
-    serac, fine_grained, mscke = routed(base, counterfactual(track, bench, base)[0], scope)
-    yield from (serac, fine_grained)
-    networks, _ = mend(track, bench, base)
-    yield MEND(base, networks)
-    yield mscke
-    yield MSCKE(base, MEND(base, networks), scope["MSCKE"], "MSCKE-MEND")
+def editor(track: Track, bench: Benchmark, base: MLLM, method: str) -> Editor:
+    """The editor that tables call ``method``, one of :data:`METHODS`, trained."""
+    if method == "FT-LLM":
+        return FineTune(base)
+    if method == "IKE":
+        return ike(track, bench, base)
+    if method == "MEND":
+        return answerer(track, bench, base, "MEND")
+    scope = classifier(track, "MSCKE" if method == "MSCKE-MEND" else method)[0]
+    return MSCKE(base, answerer(track, bench, base, IN_SCOPE[method]), scope, method)

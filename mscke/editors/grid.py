@@ -107,9 +107,12 @@ class Shared:
     def trained(self, spec: Spec) -> tuple[ScopeClassifier, pd.DataFrame]:
         """The classifier, trained or read, and its curve."""
         classifier, (_, records) = self.fresh(spec), spec.subset or ("", self.bench.train)
+        told = SUPERVISION[spec.supervision]
+        if spec.fusion == "text":  # other records use the same words: it would learn to reject its own edit
+            told = told | {"others": 0.0}
         curve = train_classifier(
             classifier, records, self.bench.validation, spec.folder(self.track),
-            self.track.classifier_epochs, seed=spec.seed, **SUPERVISION[spec.supervision],
+            self.track.classifier_epochs, seed=spec.seed, **told,
         )  # fmt: skip
         return classifier.eval(), curve
 

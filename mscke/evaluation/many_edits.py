@@ -147,7 +147,7 @@ def run_sizes(track_name: str, backbone: str, method: str, sizes: Sequence[int],
     path = track.outputs / "rows" / key / backbone / f"{name}.parquet"
     if not path.exists():
         bench, base = load_benchmark(track), build.load_base(track, backbone)
-        editor = next(e for e in build.editors(track, bench, base) if e.name == method)
+        editor = build.editor(track, bench, base, method)
         ask = ask_among if isinstance(editor, MSCKE) else ask_sequences
         save_rows(ask(editor, base, bench.test, sizes), path)
     return path

@@ -71,14 +71,16 @@ def outcomes(
     base: MLLM, in_scope, records: Sequence[EditRecord], protocols: Sequence[str] = ("generated",)
 ) -> Outcomes:
     """Ask all queries both ways. ``in_scope`` answers what is taken, as in :class:`RoutedModel`."""
+    left, taken = (ask_all(base, who, records, protocols) for who in (None, in_scope))
+    return Outcomes(left, taken)
 
-    def ask(taken: bool) -> pd.DataFrame:
-        model = RoutedModel(base, in_scope, _Always([r.edit for r in records], taken))
-        among = own_edits(len(records), len(ROLES))
-        frames = [PROTOCOLS[p](model, base, records, among).assign(protocol=p) for p in protocols]
-        return pd.concat(frames, ignore_index=True)
 
-    return Outcomes(ask(False), ask(True))
+def ask_all(base: MLLM, in_scope, records: Sequence[EditRecord], protocols: Sequence[str]) -> pd.DataFrame:
+    """One side of :class:`Outcomes`: every query taken by its own edit, or left if ``in_scope`` is None."""
+    model = RoutedModel(base, in_scope, _Always([r.edit for r in records], in_scope is not None))
+    among = own_edits(len(records), len(ROLES))
+    frames = [PROTOCOLS[p](model, base, records, among).assign(protocol=p) for p in protocols]
+    return pd.concat(frames, ignore_index=True)
 
 
 def answered(values: np.ndarray, routed: np.ndarray) -> np.ndarray:

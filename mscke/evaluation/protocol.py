@@ -23,6 +23,8 @@ from mscke.evaluation.metrics import (
 )
 from mscke.models.mllm import MLLM
 
+COLUMNS = "track backbone method protocol record metric value question expected answer".split()
+
 
 def evaluate(
     editor: Editor, base: MLLM, records: Sequence[EditRecord], track: str, together: bool = False
@@ -39,24 +41,12 @@ def evaluate(
         generated(model, base, records, among).assign(protocol="generated"),
         teacher_forced(model, base, records, among).assign(protocol="teacher_forced"),
     ]
-    rows = pd.concat(frames, ignore_index=True)
-    rows.insert(0, "track", track)
-    rows.insert(1, "backbone", base.name)
-    rows.insert(2, "method", editor.name)
-    return rows[
-        [
-            "track",
-            "backbone",
-            "method",
-            "protocol",
-            "record",
-            "metric",
-            "value",
-            "question",
-            "expected",
-            "answer",
-        ]
-    ]
+    return named(pd.concat(frames, ignore_index=True), track, base.name, editor.name)
+
+
+def named(rows: pd.DataFrame, track: str, backbone: str, method: str) -> pd.DataFrame:
+    """``rows`` of one method with the columns that say whose they are, in the order of :data:`COLUMNS`."""
+    return rows.assign(track=track, backbone=backbone, method=method)[COLUMNS]
 
 
 def _queries(records: Sequence[EditRecord]) -> tuple[list, list[str], pd.DataFrame]:

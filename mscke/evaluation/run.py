@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
-from mscke.benchmark import load_benchmark
+from mscke.benchmark import Benchmark, load_benchmark
 from mscke.config import ASSETS, ROOT, Track, get_track
 from mscke.editors import build
-from mscke.evaluation.protocol import evaluate, save_rows
+from mscke.evaluation.outcomes import PROTOCOLS, Outcomes, ask_all, own_scores
+from mscke.evaluation.protocol import evaluate, named, save_rows
+from mscke.models.mllm import MLLM
 from mscke.workers import in_processes
 
 ABOVE = ("report",)  # what rows do not depend on
@@ -30,15 +33,54 @@ def made_of() -> str:
 
 
 def run_backbone(track_name: str, backbone: str, key: str) -> Path:
-    """Evaluate every editor on ``backbone``, each test record edited alone; the folder of the rows."""
+    """Evaluate every method on ``backbone``, each test record edited alone; the folder of the rows."""
     track = get_track(track_name)
     bench, base = load_benchmark(track), build.load_base(track, backbone)
-    folder = track.outputs / "rows" / key / backbone
-    for editor in build.editors(track, bench, base):
-        path = folder / f"{editor.name}.parquet"
-        if not path.exists():
-            save_rows(evaluate(editor, base, bench.test, track.name), path)
+    folder = rows_folder(track, base, key)
+    for method in build.METHODS:
+        _kept(folder / f"{method}.parquet", lambda method=method: _rows(track, bench, base, method, key))
     return folder
+
+
+def _rows(track: Track, bench: Benchmark, base: MLLM, method: str, key: str) -> pd.DataFrame:
+    """Rows of one method; a routed one's are looked up in the answers of both models it chooses from."""
+    if method in build.IN_SCOPE:
+        both = both_ways(track, bench, base, build.IN_SCOPE[method], key)
+        editor = build.editor(track, bench, base, method)
+        rows = both.rows(own_scores(editor.classifier, bench.test) >= editor.threshold)
+    elif method == "MEND":  # MSCKE-MEND's answers in scope
+        rows = both_ways(track, bench, base, method, key).taken
+    else:
+        return evaluate(build.editor(track, bench, base, method), base, bench.test, track.name)
+    return named(rows, track.name, base.name, method)
+
+
+def both_ways(track: Track, bench: Benchmark, base: MLLM, answerer: str, key: str | None = None) -> Outcomes:
+    """Both answers to every test query, under both protocols, asked once and kept.
+
+    ``answerer``, who answers in scope: one of the values of ``build.IN_SCOPE``. ``key``: of :func:`made_of`.
+    """
+    folder = rows_folder(track, base, key or made_of())
+
+    def ask(who: str) -> pd.DataFrame:
+        in_scope = None if who == "nobody" else build.answerer(track, bench, base, who)
+        return ask_all(base, in_scope, bench.test, tuple(PROTOCOLS))
+
+    sides = (
+        _kept(folder / f"taken by {who}.parquet", lambda who=who: ask(who)) for who in ("nobody", answerer)
+    )
+    return Outcomes(*sides)
+
+
+def rows_folder(track: Track, base: MLLM, key: str) -> Path:
+    """Where rows of one backbone are kept; ``key`` is :func:`made_of`'s."""
+    return track.outputs / "rows" / key / base.name
+
+
+def _kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    if not path.exists():
+        save_rows(make(), path)
+    return pd.read_parquet(path)
 
 
 def run_track(track: Track) -> pd.DataFrame:
