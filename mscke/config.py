@@ -66,7 +66,7 @@ _MINI = {
 }
 
 TRACKS = {
-    "mini": Track("mini", 8334, 2778, **_MINI, classifier_epochs=5, counterfactual_epochs=2, mend_epochs=1),
+    "mini": Track("mini", 8334, 2778, **_MINI, classifier_epochs=5, counterfactual_epochs=2, mend_epochs=2),
     "smoke": Track("smoke", 96, 32, **_MINI, classifier_epochs=2, counterfactual_epochs=1, mend_epochs=1),
 }
 

@@ -22,6 +22,7 @@ from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM, Forced, normalise_answer
 from mscke.training import IN_ROLES, ROLES, digest, fit
 
+TRAINED = ("reliability", "in_scope", "out_of_scope", "locality")  # of a record's queries, those that train
 MEASURED = 256  # train edits whose gradients give the pairs' mean and standard deviation
 
 
@@ -149,14 +150,14 @@ class MEND:
 def mend_loss(mend: MEND, records: Sequence[EditRecord], c_edit: float = 1.0, c_loc: float = 1.0) -> Tensor:
     """c_edit × cross-entropy where the answer must change + c_loc × KL(before ‖ after) where it must not.
 
-    Both are means over the answers' tokens, and over records and roles (MEND, §3.2; the in-scope
-    question is among the edited ones, the out-of-scope one among the kept).
+    Both are means over the answers' tokens, and over records and roles (MEND, §3.2): the edit and the in-scope
+    question must change, the out-of-scope and the text-only one must not. The rephrasing is left to be inferred.
     """
     language_model = mend.base.model.language_model
-    queries = [r.queries[role] for role in ROLES for r in records]
-    reading = read(mend.base, queries, [r.answers[role] for role in ROLES for r in records])
+    queries = [r.queries[role] for role in TRAINED for r in records]
+    reading = read(mend.base, queries, [r.answers[role] for role in TRAINED for r in records])
     updates = mend.networks(mend.gradients([r.edit for r in records]))
-    rows, changed = torch.arange(len(records)).repeat(len(ROLES)), 3 * len(records)
+    rows, changed = torch.arange(len(records)).repeat(len(TRAINED)), 2 * len(records)
     with applied(language_model, {n: u[rows] for n, u in updates.items()}):
         after = language_model(**reading.inputs).logits
     kept = reading[changed:]
