@@ -21,6 +21,7 @@ from mscke.editors.serac import MiniLMEncoder
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
+from mscke.models.sources import load_mllm, make_counterfactual
 from mscke.training import train_counterfactual, write_whole
 from mscke.workers import in_processes
 
@@ -35,7 +36,7 @@ METHODS = ("FT-LLM", "IKE", "SERAC", "SERAC+fg", "MEND", "MSCKE", "MSCKE-MEND")
 
 def load_base(track: Track, backbone: str) -> MLLM:
     """The frozen base model ``backbone`` of the track."""
-    return MLLM.from_pretrained(track.backbones[backbone], backbone, cache=track.features)
+    return load_mllm(track, backbone, cache=track.features)
 
 
 def clip_encoder(track: Track, clip: str | None = None) -> ClipEncoder:
@@ -49,11 +50,10 @@ def counterfactual(
     """The counterfactual model beside ``base``, which all routed methods share: (model, curve)."""
     seed = track.seed if seed is None else seed
     torch.manual_seed(seed)
-    model = CounterfactualModel.beside(base)
+    model = make_counterfactual(track, base)
     folder = track.outputs / "trained" / f"counterfactual-{base.name}-{seed}"
-    curve = train_counterfactual(
-        model, bench.train, bench.validation, folder, track.counterfactual_epochs, seed=seed
-    )
+    recipe = {"epochs": track.counterfactual_epochs, "seed": seed} | track.recipe("counterfactual", base.name)
+    curve = train_counterfactual(model, bench.train, bench.validation, folder, **recipe)
     return model.eval(), curve
 
 
@@ -79,9 +79,10 @@ def train_one(track_name: str, method: str, backbone: str | None = None) -> None
 
 
 def train(track: Track) -> None:
-    """Train all that the main table needs, two trainings at a time; what is finished already is left."""
+    """Train all that the main table needs, ``track.workers`` at a time; what is finished already is left."""
     jobs = [(track.name, method, b) for method in ("MEND", "IKE", "counterfactual") for b in track.backbones]
-    in_processes(train_one, [*jobs, *((track.name, method) for method in SCOPED)], desc="trainings")
+    jobs += [(track.name, method) for method in SCOPED]
+    in_processes(train_one, jobs, track.workers, "trainings")
 
 
 def mend(
@@ -90,11 +91,11 @@ def mend(
     """MEND's editor networks for ``base``: (networks, curve)."""
     seed = track.seed if seed is None else seed
     torch.manual_seed(seed)
-    networks = MendNetworks.beside(base)
+    recipe = {"epochs": track.mend_epochs, "seed": seed} | track.recipe("mend", base.name)
+    rank = {"rank": recipe.pop("rank")} if "rank" in recipe else {}
+    networks = MendNetworks.beside(base, **rank).to(base.model.device)
     folder = track.outputs / "trained" / f"mend-{base.name}-{seed}"
-    curve = train_mend(
-        MEND(base, networks), bench.train, bench.validation[:250], folder, track.mend_epochs, seed=seed
-    )
+    curve = train_mend(MEND(base, networks), bench.train, bench.validation[:250], folder, **recipe)
     return networks.eval(), curve
 
 
@@ -124,7 +125,7 @@ def routed(base: MLLM, in_scope: CounterfactualModel, scope: dict[str, ScopeClas
 
 def editors(track: Track, bench: Benchmark, base: MLLM) -> Iterator[Editor]:
     """Every method of the main table on one backbone, in its order, made when it is reached."""
-    yield FineTune(base)
+    yield FineTune(base, at_once=track.edits_at_once)
     yield ike(track, bench, base)
     scope = {name: classifier for name, (classifier, _) in classifiers(track).items()}
     serac, fine_grained, mscke = routed(base, counterfactual(track, bench, base)[0], scope)
