@@ -49,6 +49,16 @@ class Track:
         return self.outputs / "data"
 
     @property
+    def benchmark(self) -> str:
+        """What the data are called."""
+        return "FGVEdit" if self.fetched else "FGVEdit-Scenes"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Records of each split."""
+        return {"train": self.n_train, "test": self.n_test}
+
+    @property
     def models(self) -> Path:
         """Models that are composed of fetched ones."""
         return self.outputs / "models"
@@ -141,7 +151,7 @@ TRACKS = {
     ),
     # the same through the same doors, on models and data of mscke.models.tiny
     "paper-tiny": Track(
-        "paper-tiny", 48, 16, **_PAPER, classifier_epochs=1, counterfactual_epochs=1, mend_epochs=1,
+        "paper-tiny", 48, 16, **_PAPER | {"workers": 2}, classifier_epochs=1, counterfactual_epochs=1, mend_epochs=1,
         recipes={"mend": {"rank": 8}}, ike_records=4, batch_size=64, edits_at_once=4,
     ),
 }  # fmt: skip

@@ -27,11 +27,10 @@ def load_benchmark(track: Track) -> Benchmark:
     Raises :class:`RecordError` for a record that cannot be used, and for data that are fetched
     :class:`mscke.benchmark.lock.FetchError` when something is missing or not as locked.
     """
-    sizes = {"train": track.n_train, "test": track.n_test}
     if track.fetched:
-        loaded = open_store(track=track).benchmark(sizes)
+        loaded = open_store(track=track).benchmark(track.sizes)
     else:
-        files = {split: generate(track.data, split, size, track.seed) for split, size in sizes.items()}
+        files = {split: generate(track.data, split, size, track.seed) for split, size in track.sizes.items()}
         loaded = {split: load_records(path, track.data) for split, path in files.items()}
     train, validation = split_validation(loaded["train"].records, track.validation, track.seed)
     return Benchmark(train, validation, loaded["test"].records)

@@ -151,10 +151,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--data", help="local folder with FGVEdit's JSON files, train2014/, val2014/ or their zips"
     )
     parser.add_argument("--models", help="local folder with model folders, named as on the hub")
+    parser.add_argument("--track", default="paper", help="the track that needs it")
     options = parser.parse_args(arguments)
+    track = get_track(options.track)
     try:
-        store = open_store(options.data, options.models)
-        store.benchmark()
+        store = open_store(options.data, options.models, track)
+        store.benchmark(track.sizes)
         print("FGVEdit and its images:", store.folder)
         for repo in hub.MODELS:
             print(f"{repo}:", store.model(repo))

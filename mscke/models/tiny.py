@@ -52,7 +52,9 @@ def llama_tokenizer(texts: list[str]) -> LlamaTokenizer:
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<unk>", "<s>", "</s>"]
-    learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special))
+    learner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    )
     learned = json.loads(learner.to_str())["model"]
     return LlamaTokenizer(vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]])
 
@@ -60,7 +62,9 @@ def llama_tokenizer(texts: list[str]) -> LlamaTokenizer:
 def opt_tokenizer(texts: list[str]) -> GPT2Tokenizer:
     """A tokenizer of OPT's class: byte-level, </s> at both ends, padding of its own."""
     learner = ByteLevelBPETokenizer()
-    learner.train_from_iterator(texts, 700, special_tokens=["<s>", "<pad>", "</s>", "<unk>"])
+    learner.train_from_iterator(
+        texts, 700, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False
+    )
     learned = json.loads(learner.to_str())["model"]
     return GPT2Tokenizer(
         vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]], bos_token="</s>",
@@ -114,17 +118,11 @@ def write_vicuna(folder: Path, texts: list[str]) -> LlamaForCausalLM:
     """Vicuna: Llama in shards, its tokenizer without an image token."""
     tokenizer = llama_tokenizer(texts)
     torch.manual_seed(5)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=48,
-            initializer_range=0.3,
-            bos_token_id=1,
-            eos_token_id=2,
-            **LAYERS,
-        )  # fmt: skip
-    ).eval()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=48, initializer_range=0.3,
+        bos_token_id=1, eos_token_id=2, **LAYERS,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
     model.save_pretrained(folder, max_shard_size="30KB")
     tokenizer.save_pretrained(folder)
     return model
@@ -165,7 +163,7 @@ def write_clip(folder: Path, patch: int) -> None:
 def write_data(folder: Path, sizes: dict[str, int]) -> list[str]:
     """FGVEdit's JSON files, COCO's train2014 as a folder and val2014 as its zip; the texts of all records.
 
-    The images are no squares, and one record has no answer: FGVEdit may have such.
+    The images are no squares, and each split begins with a record that has no answer: FGVEdit may have such.
     """
     texts = []
     with TemporaryDirectory() as scratch:
@@ -179,8 +177,7 @@ def write_data(folder: Path, sizes: dict[str, int]) -> list[str]:
                     wide.save(folder / row["image"], quality=90)
             rows = [{name: row[name] for name in FIELDS} for row in rows]
             texts += [text for row in rows for text in row.values()]
-            rows += [rows[0] | {"alt": ""}] * (split == "train")
-            (folder / FILES[split]).write_text(json.dumps(rows))
+            (folder / FILES[split]).write_text(json.dumps([rows[0] | {"alt": ""}, *rows]))
     with zipfile.ZipFile(folder / "val2014.zip", "w") as archive:
         for path in sorted((folder / "val2014").iterdir()):
             archive.write(path, f"val2014/{path.name}")
