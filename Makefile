@@ -33,6 +33,10 @@ TRAINING := $(BENCHMARK) $(wildcard mscke/models/*.py mscke/classifier.py mscke/
 RESULTS  := $(TRAINING) $(wildcard mscke/evaluation/*.py mscke/report/*.py)
 
 STAMPS    := outputs/mini/.stamps
+# The paper track, or with PRESET=tiny the same on tiny models and data in the published formats.
+PAPER     := paper$(PRESET:%=-%)
+PAPER_STAMPS := outputs/$(PAPER)/.stamps
+NOTE      := *Executed on the track `$(PAPER)`. What the text says of results was written about the track `mini`.*
 PAPERMILL := $(PYTHON) -m papermill -k python3 --cwd notebooks --no-progress-bar --log-output --execution-timeout 3600
 # On mini every output is compared but plots and timings (tagged nbval-ignore-output); on smoke, only those
 # that cannot depend on size (tagged nbval-check-output).
@@ -40,17 +44,17 @@ NBVAL     := TQDM_DISABLE=1 $(PYTHON) -m pytest --nbval-current-env --nbval-cell
              --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 
 # The mini track downloads nothing. Progress goes to the terminal; clean.py keeps it out of the notebooks.
-reproduce smoke: export TQDM_MININTERVAL := 10
+reproduce smoke paper: export TQDM_MININTERVAL := 10
 test: export TQDM_DISABLE := 1
 reproduce smoke test: export HF_HUB_OFFLINE := 1
 reproduce smoke test: export HF_HUB_DISABLE_PROGRESS_BARS := 1
 # Folders of the user's own that hold the paper's data and models; only read.
-paper-data paper-check: export MSCKE_DATA := $(DATA)
-paper-data paper-check: export MSCKE_MODELS := $(MODELS)
+paper paper-data paper-check: export MSCKE_DATA := $(DATA)
+paper paper-data paper-check: export MSCKE_MODELS := $(MODELS)
 # The kernel "python3" is this environment's, even where the user has another of that name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env active-env reproduce test smoke $(NOTEBOOKS:%=smoke-%) bench pretrain paper-data paper-check lab lock lint clean
+.PHONY: help env active-env reproduce test smoke $(NOTEBOOKS:%=smoke-%) bench pretrain paper paper-data paper-check lab lock lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
@@ -77,12 +81,14 @@ reproduce: $(NOTEBOOKS:%=$(STAMPS)/%) ## run the notebooks on the mini track, ke
 	MSCKE_TRACK=mini $(NBVAL) --nbval -n 2 --dist loadfile
 
 # One stamp a notebook: an interrupted `make reproduce` goes on where it was.
-$(STAMPS)/01_data: $(BENCHMARK) $(REPORT) mscke/editors/serac.py
-$(STAMPS)/02_training: $(STAMPS)/01_data $(TRAINING)
-$(STAMPS)/03_main_results: $(STAMPS)/02_training $(RESULTS)
-$(STAMPS)/04_ablation: $(STAMPS)/02_training $(RESULTS)
-$(STAMPS)/05_transfer: $(STAMPS)/02_training $(RESULTS)
-$(STAMPS)/06_cost: $(STAMPS)/02_training $(RESULTS)
+$(STAMPS)/01_data $(PAPER_STAMPS)/01_data: $(BENCHMARK) $(REPORT) mscke/editors/serac.py
+$(STAMPS)/02_training $(PAPER_STAMPS)/02_training: $(TRAINING)
+AFTER_TRAINING := 03_main_results 04_ablation 05_transfer 06_cost
+$(AFTER_TRAINING:%=$(STAMPS)/%) $(AFTER_TRAINING:%=$(PAPER_STAMPS)/%): $(RESULTS)
+$(STAMPS)/02_training: $(STAMPS)/01_data
+$(AFTER_TRAINING:%=$(STAMPS)/%): $(STAMPS)/02_training
+$(PAPER_STAMPS)/02_training: $(PAPER_STAMPS)/01_data
+$(AFTER_TRAINING:%=$(PAPER_STAMPS)/%): $(PAPER_STAMPS)/02_training
 
 # The executed notebook, cleaned, replaces its source, which is then newer than the stamp was: hence the last line.
 $(NOTEBOOKS:%=$(STAMPS)/%): $(STAMPS)/%: notebooks/%.ipynb | $(ENV)
@@ -97,6 +103,9 @@ test: $(ENV) ## run the tests, then the notebooks under nbval on a few dozen rec
 	$(PYTHON) -m pytest tests
 	@echo "== nbval: $(NOTEBOOKS) on the smoke track"
 	MSCKE_TRACK=smoke $(NBVAL) --nbval-lax
+	@echo "== the paper track, from nothing, on tiny models and data"
+	rm -rf outputs/paper-tiny
+	$(MAKE) paper PRESET=tiny
 
 smoke: $(NOTEBOOKS:%=smoke-%) ## run the notebooks on a few dozen records into outputs/smoke/notebooks
 
@@ -113,6 +122,26 @@ bench: $(ENV) ## time ours against the released way again, and write figures/tab
 
 pretrain: $(ENV) ## pretrain the mini models again and write their weights to mscke/assets
 	$(PYTHON) -m mscke.models.pretrain
+
+paper: $(NOTEBOOKS:%=$(PAPER_STAMPS)/%) ## run the notebooks on the paper's models and data, into outputs/ (DATA=, MODELS=, PRESET=tiny)
+	MSCKE_TRACK=$(PAPER) $(PYTHON) -m mscke.report.registry
+	@echo "== outputs/$(PAPER): notebooks in notebooks/, tables and figures in figures/"
+
+# Fetched and verified when the track is run first; later only what the notebooks open is verified again.
+$(PAPER_STAMPS)/fetched: | $(ENV)
+	@mkdir -p $(@D)
+	$(if $(filter tiny,$(PRESET)),$(PYTHON) -m mscke.models.tiny $(PAPER))
+	$(PYTHON) -m mscke.benchmark.fetch --track $(PAPER)
+	touch $@
+
+# Training may take a day: no cell has a time limit.
+$(NOTEBOOKS:%=$(PAPER_STAMPS)/%): $(PAPER_STAMPS)/%: notebooks/%.ipynb | $(ENV) $(PAPER_STAMPS)/fetched
+	@echo "== $* ($(PAPER)): $(ABOUT.$*)"
+	@mkdir -p outputs/$(PAPER)/notebooks
+	MSCKE_TRACK=$(PAPER) $(PAPERMILL:3600=-1) $< outputs/$(PAPER)/notebooks/$*.tmp.ipynb
+	$(PYTHON) -m mscke.report.clean outputs/$(PAPER)/notebooks/{$*.tmp,$*}.ipynb '$(NOTE)'
+	rm outputs/$(PAPER)/notebooks/$*.tmp.ipynb
+	touch $@
 
 paper-data: $(ENV) ## fetch FGVEdit, the COCO images it names and the models; lock and verify them (DATA=, MODELS=)
 	$(PYTHON) -m mscke.benchmark.fetch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,8 +17,8 @@ class Track:
     name: str
     n_train: int
     n_test: int
-    backbones: dict[str, str]  # table name -> folder of a saved Blip2ForConditionalGeneration
-    clips: dict[str, str]  # short name -> what open_clip.create_model takes
+    backbones: dict[str, str]  # table name -> source (mscke.models.sources) of the MLLM
+    clips: dict[str, str]  # short name -> source of an open_clip model
     clip: str  # the one of ``clips`` that MSCKE uses in the main results
     classifier_epochs: int
     counterfactual_epochs: int
@@ -26,11 +26,56 @@ class Track:
     ike_records: int = 60  # validation records on which IKE's number of demonstrations is chosen
     validation: float = 0.1  # share of train
     seed: int = 0
+    fetched: bool = False  # data and models come through mscke.benchmark.fetch; nothing is generated
+    counterfactuals: dict[str, str] = field(default_factory=dict)  # backbone -> source; fresh layers if none
+    recipes: dict[str, dict] = field(
+        default_factory=dict
+    )  # what is trained -> arguments, if not the defaults
+    image_size: int | None = None  # side of the images that an MLLM is shown, in pixels; None: its own
+    device: str = "cpu"  # "auto": the GPU, if there is one
+    eight_bit: bool = False  # language models in 8-bit integers (bitsandbytes), on a GPU only
+    batch_size: int = 512  # queries that an MLLM is asked at once
+    edits_at_once: int | None = None  # that FT-LLM keeps copies of weights for; None: all
+    half_features: bool = False  # CLIP's features kept in float16: an image of ViT-L/14 is 0.5 MB then
+    workers: int = 2  # processes that train or evaluate side by side, each with models of its own
+
+    def recipe(self, trained: str, backbone: str = "") -> dict:
+        """Arguments of the function that trains ``trained`` (beside ``backbone``), where they are not its own."""
+        return self.recipes.get(trained, {}) | self.recipes.get(f"{trained} {backbone}", {})
 
     @property
     def data(self) -> Path:
         """The benchmark: ``train_data.json``, ``test_data.json`` and the images they name."""
         return self.outputs / "data"
+
+    @property
+    def benchmark(self) -> str:
+        """What the data are called."""
+        return "FGVEdit" if self.fetched else "FGVEdit-Scenes"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Records of each split."""
+        return {"train": self.n_train, "test": self.n_test}
+
+    @property
+    def models(self) -> Path:
+        """Models that are composed of fetched ones."""
+        return self.outputs / "models"
+
+    @property
+    def sources(self) -> dict[str, Path | None]:
+        """The user's own folders that fetching reads first: MSCKE_DATA and MSCKE_MODELS, or the tiny ones."""
+        tiny = {name: self.outputs / "sources" / name for name in ("data", "models")}
+        own = {name: os.environ.get(f"MSCKE_{name.upper()}") for name in tiny}
+        if self.name == "paper-tiny":
+            return tiny
+        return {name: Path(path).expanduser() if path else None for name, path in own.items()}
+
+    @property
+    def lock(self) -> Path:
+        """What was fetched, by revision and SHA-256: to be committed for ``paper``."""
+        return (self.outputs if self.name == "paper-tiny" else ROOT) / "paper.lock.json"
 
     @property
     def outputs(self) -> Path:
@@ -65,10 +110,51 @@ _MINI = {
     "clip": "mini-L",
 }
 
+# The paper's models, images and training (§5 and the authors' release), and where ours differ:
+# * scope classifier: theirs trains all of CLIP with Adam at 1e-5, one record a step, 50k steps: 7 passes over
+#   the records. Here CLIP stays frozen, so that images are encoded once, and the head, which starts from
+#   nothing, keeps its own rate and batch; the passes are theirs.
+# * counterfactual: theirs, but for AdamW with one cycle of the rate where they hold Adam's constant.
+# * MEND: their rank, rate, batch (1, accumulated twice) and passes. The updates' own rate stays ours (0.7): a
+#   pair keeps the gradient's units here, theirs is normalised and scaled by 1e-4.
+# * gradients are clipped at 1, not at 100; the last epoch is kept, theirs is selected on test samples.
+_PAPER = {
+    "backbones": {
+        "BLIP-2 OPT": "hub:Salesforce/blip2-opt-2.7b",
+        "MiniGPT-4": "minigpt4:Salesforce/blip2-flan-t5-xxl+Vision-CAIR/vicuna-7b",
+    },
+    "clips": {
+        "ViT-B-32": "hub:timm/vit_base_patch32_clip_224.openai",
+        "ViT-L-14": "hub:timm/vit_large_patch14_clip_224.openai",
+    },
+    "clip": "ViT-L-14",
+    "counterfactuals": {"BLIP-2 OPT": "hub:facebook/opt-125m", "MiniGPT-4": "last:1"},
+    "fetched": True,
+    "image_size": 364,
+    "device": "auto",
+    "eight_bit": os.environ.get("MSCKE_8BIT") == "1",
+    "half_features": True,
+    "workers": 1,  # a GPU holds one base model of each process
+}
+_RECIPES = {
+    "counterfactual": {"lr": 1e-5, "batch_size": 1},
+    "counterfactual MiniGPT-4": {"epochs": 3},  # 20k steps
+    "mend": {"lr": 1e-6, "batch_size": 2, "rank": 1920},
+}
+
 TRACKS = {
     "mini": Track("mini", 8334, 2778, **_MINI, classifier_epochs=5, counterfactual_epochs=2, mend_epochs=2),
     "smoke": Track("smoke", 96, 32, **_MINI, classifier_epochs=2, counterfactual_epochs=1, mend_epochs=1),
-}
+    "paper": Track(
+        "paper", 8334, 2778, **_PAPER, classifier_epochs=7, counterfactual_epochs=7, mend_epochs=4,
+        recipes=_RECIPES, batch_size=64, edits_at_once=2,
+    ),
+    # the same through the same doors, on models and data of mscke.models.tiny
+    "paper-tiny": Track(
+        "paper-tiny", 48, 16, **_PAPER | {"workers": 2}, classifier_epochs=1, counterfactual_epochs=1, mend_epochs=1,
+        recipes={"mend": {"rank": 8}}, ike_records=4, batch_size=64, edits_at_once=4,
+    ),
+}  # fmt: skip
 
 
 def get_track(name: str | None = None) -> Track:

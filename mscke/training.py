@@ -53,14 +53,15 @@ def scope_loss(
     z_edit, z_query = classifier(edits), classifier(queries)
     n = len(z_edit)
     own = classifier.logit((z_edit.unsqueeze(1) - z_query.unflatten(0, (n, 5))).square().sum(-1))  # (R, 5)
-    target = torch.tensor(IN_ROLES, dtype=own.dtype).expand_as(own)
+    target = torch.tensor(IN_ROLES, dtype=own.dtype, device=own.device).expand_as(own)
     per_role = F.binary_cross_entropy_with_logits(own, target, reduction="none").mean(0)
-    loss = (per_role * torch.tensor(weights)).sum()
+    loss = (per_role * per_role.new_tensor(weights)).sum()
     if others and n > 1:
         asked = z_query.unflatten(0, (n, 5))[:, :4].flatten(0, 1)  # (4 R, d), visual ones
         squared = z_edit.square().sum(-1, keepdim=True) + asked.square().sum(-1) - 2 * z_edit @ asked.T
         strangers = classifier.logit(squared.clamp(min=0)).unflatten(1, (n, 4))  # (R, R, 4)
-        strangers = strangers.masked_fill(torch.eye(n, dtype=torch.bool).unsqueeze(-1), -torch.inf)
+        own_edit = torch.eye(n, dtype=torch.bool, device=own.device).unsqueeze(-1)
+        strangers = strangers.masked_fill(own_edit, -torch.inf)
         loss = loss + others * F.softplus(strangers.amax(0)).mean()
     return loss, own
 
@@ -95,7 +96,7 @@ def train_classifier(
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
         value, logits = scope_loss(classifier, *encoded(held=True), weights, others=0.0)
-        right = ((logits >= 0) == torch.tensor(IN_ROLES)).float().mean(0)
+        right = ((logits.cpu() >= 0) == torch.tensor(IN_ROLES)).float().mean(0)
         return {"validation_loss": float(value)} | {
             f"right_{r}": float(v) for r, v in zip(ROLES, right, strict=True)
         }

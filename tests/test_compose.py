@@ -8,77 +8,33 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
-    Blip2QFormerConfig,
-    Blip2VisionConfig,
-    BlipImageProcessor,
-    GPT2Tokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     LlamaTokenizer,
-    OPTConfig,
-    T5Config,
 )
 
 from mscke.benchmark.sample import Query
 from mscke.models.compose import compose_minigpt4, memory_needed, open_weights, read_index, seeing_shards
 from mscke.models.mllm import IMAGE_TOKEN, MLLM, TEMPLATE, embed, load_pixels
+from mscke.models.tiny import write_blip2_opt, write_blip2_t5, write_minigpt4, write_vicuna
 
 pytest_plugins = ["tiny"]
-WIDTH = 32
 TEXTS = ["###Human: <Img></Img> Question: What is it? Short answer: a kite", "red green blue owl on the card"]
-
-
-def llama_tokenizer() -> LlamaTokenizer:
-    """A tokenizer of Llama's class: SentencePiece's ▁ for spaces, <s> and </s>, no padding token."""
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=150, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
-    )
-    learner.train_from_iterator(TEXTS, trainer)
-    learned = json.loads(learner.to_str())["model"]
-    return LlamaTokenizer(vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]])
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """The three parts, live and saved as published: a dict of modules and the folder they are in."""
-    folder, tokenizer = tmp_path_factory.mktemp("parts"), llama_tokenizer()
-    torch.manual_seed(3)
-    vision = Blip2VisionConfig(
-        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        image_size=42, initializer_range=0.3,
-    )  # fmt: skip
-    qformer = Blip2QFormerConfig(
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-    )
-    t5 = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    blip2 = Blip2ForConditionalGeneration(
-        Blip2Config(vision_config=vision, qformer_config=qformer, text_config=t5, num_query_tokens=4)
-    ).eval()
-    torch.nn.init.normal_(blip2.query_tokens)
-    llama = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    vicuna, projection = LlamaForCausalLM(llama).eval(), torch.nn.Linear(24, WIDTH)
-    blip2.save_pretrained(folder / "blip2", max_shard_size="30KB")
-    vicuna.save_pretrained(folder / "vicuna", max_shard_size="30KB")
-    tokenizer.save_pretrained(folder / "vicuna")
-    weights = {f"llama_proj.{name}": tensor for name, tensor in projection.state_dict().items()}
-    torch.save({"model": weights, "epoch": 4}, folder / "minigpt4.pth")
-    return {"folder": folder, "blip2": blip2, "vicuna": vicuna, "projection": projection}
+    folder = tmp_path_factory.mktemp("parts")
+    return {
+        "folder": folder,
+        "blip2": write_blip2_t5(folder / "blip2"),
+        "vicuna": write_vicuna(folder / "vicuna", TEXTS),
+        "projection": write_minigpt4(folder / "minigpt4.pth"),
+    }
 
 
 def compose(folder, target, **other):
@@ -296,32 +252,10 @@ def test_memory_needed_is_what_a_loaded_model_takes(composed, mllm_folders, dtyp
 
 
 @pytest.fixture(scope="module")
-def hub_blip2(parts, tmp_path_factory):
+def hub_blip2(tmp_path_factory):
     """BLIP-2 OPT as the hub has it: sharded safetensors, OPT's byte-level tokenizer, a processor."""
     folder = tmp_path_factory.mktemp("blip2-opt")
-    learner = ByteLevelBPETokenizer()
-    learner.train_from_iterator(TEXTS, 300, special_tokens=["<s>", "<pad>", "</s>", "<unk>"])
-    learned = json.loads(learner.to_str())["model"]
-    tokenizer = GPT2Tokenizer(
-        vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]], bos_token="</s>",
-        eos_token="</s>", pad_token="<pad>", unk_token="</s>", add_bos_token=True,
-    )  # fmt: skip
-    processor = Blip2Processor(BlipImageProcessor(size={"height": 42, "width": 42}), tokenizer, 4)
-    torch.manual_seed(4)
-    text = OPTConfig(
-        vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=48,
-        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128, init_std=0.3,
-        bos_token_id=2, eos_token_id=2, pad_token_id=1,
-    )  # fmt: skip
-    source = parts["blip2"].config
-    config = Blip2Config(
-        vision_config=source.vision_config, qformer_config=source.qformer_config, text_config=text,
-        num_query_tokens=4, image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-    )  # fmt: skip
-    model = Blip2ForConditionalGeneration(config)
-    torch.nn.init.normal_(model.query_tokens)
-    model.save_pretrained(folder, max_shard_size="60KB")
-    processor.save_pretrained(folder)
+    write_blip2_opt(folder, TEXTS)
     return folder
 
 

@@ -22,6 +22,7 @@ from mscke.benchmark.download import download as get
 from mscke.benchmark.fetch import FILES, Store, open_store
 from mscke.benchmark.lock import FetchError, Lock, sha256
 from mscke.benchmark.sample import RecordError
+from mscke.config import TRACKS
 from mscke.models.compose import SEEING, seeing_shards
 
 BODY = os.urandom(200_000)
@@ -491,7 +492,8 @@ def test_the_command_fetches_everything_or_says_what_is_missing(online, tmp_path
     monkeypatch.setattr(fetch, "MINIGPT4", f"{online.url}/drive")
     monkeypatch.setattr(hub, "MODELS", {EYES: hub.MODELS[EYES]})
     monkeypatch.setattr(fetch, "open_store", lambda *_: a_store(tmp_path, online))
-    monkeypatch.setattr(Store.benchmark, "__defaults__", (SIZES,))
+    small = dataclasses.replace(TRACKS["paper"], n_train=SIZES["train"], n_test=SIZES["test"])
+    monkeypatch.setitem(TRACKS, "paper", small)
     assert fetch.main([]) == 1 and f"{EYES} cannot be fetched" in capsys.readouterr().err
     online.publish(EYES, SHARDED)
     online.files["/drive"] = b"weights"

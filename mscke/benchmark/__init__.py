@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mscke.benchmark.fetch import open_store
 from mscke.benchmark.generate import generate
 from mscke.benchmark.sample import Edit, EditRecord, Query, load_records, split_validation
 from mscke.config import Track
@@ -21,10 +22,15 @@ class Benchmark:
 
 
 def load_benchmark(track: Track) -> Benchmark:
-    """Generate the track's records unless they are there, check every one, and split."""
-    loaded = {
-        split: load_records(generate(track.data, split, size, track.seed), track.data).records
-        for split, size in (("train", track.n_train), ("test", track.n_test))
-    }
-    train, validation = split_validation(loaded["train"], track.validation, track.seed)
-    return Benchmark(train, validation, loaded["test"])
+    """Generate or fetch the track's records unless they are there, check every one, and split.
+
+    Raises :class:`RecordError` for a record that cannot be used, and for data that are fetched
+    :class:`mscke.benchmark.lock.FetchError` when something is missing or not as locked.
+    """
+    if track.fetched:
+        loaded = open_store(track=track).benchmark(track.sizes)
+    else:
+        files = {split: generate(track.data, split, size, track.seed) for split, size in track.sizes.items()}
+        loaded = {split: load_records(path, track.data) for split, path in files.items()}
+    train, validation = split_validation(loaded["train"].records, track.validation, track.seed)
+    return Benchmark(train, validation, loaded["test"].records)

@@ -24,7 +24,7 @@ from mscke.benchmark.download import download
 from mscke.benchmark.generate import SIZES
 from mscke.benchmark.lock import FetchError, Lock
 from mscke.benchmark.sample import LoadedRecords, RecordError, load_records
-from mscke.config import ROOT
+from mscke.config import Track, get_track
 
 FGVEDIT = "ZhenZeng/FGVEdit"
 FILES = {"train": "train_data.json", "test": "test_data.json"}
@@ -113,21 +113,21 @@ class Store:
 
 
 def open_store(
-    data: str | None = None, models: str | None = None, folder: Path | None = None, lock: Path | None = None,
+    data: str | Path | None = None, models: str | Path | None = None, track: Track | None = None,
     online: bool = True, frozen: bool = False,
 ) -> Store:  # fmt: skip
-    """The paper track's store. Without ``data`` and ``models``, MSCKE_DATA and MSCKE_MODELS name the folders."""
-    data, models = data or os.environ.get("MSCKE_DATA"), models or os.environ.get("MSCKE_MODELS")
+    """The store of ``track``, by default the paper's. Without ``data`` and ``models``, the track names the folders."""
+    track = track or get_track("paper")
     return Store(
-        folder=folder or ROOT / "outputs" / "paper" / "data",
-        lock=Lock(lock or ROOT / "paper.lock.json", frozen),
-        data=_folder(data, "DATA"),
-        models=_folder(models, "MODELS"),
+        folder=track.data,
+        lock=Lock(track.lock, frozen),
+        data=_folder(data or track.sources["data"], "DATA"),
+        models=_folder(models or track.sources["models"], "MODELS"),
         online=online and not is_offline_mode(),
     )
 
 
-def _folder(path: str | None, name: str) -> Path | None:
+def _folder(path: str | Path | None, name: str) -> Path | None:
     if path and not (folder := Path(path).expanduser()).is_dir():
         raise FetchError(f"{name}={path} is not a folder")
     return folder.resolve() if path else None
@@ -151,10 +151,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--data", help="local folder with FGVEdit's JSON files, train2014/, val2014/ or their zips"
     )
     parser.add_argument("--models", help="local folder with model folders, named as on the hub")
+    parser.add_argument("--track", default="paper", help="the track that needs it")
     options = parser.parse_args(arguments)
+    track = get_track(options.track)
     try:
-        store = open_store(options.data, options.models)
-        store.benchmark()
+        store = open_store(options.data, options.models, track)
+        store.benchmark(track.sizes)
         print("FGVEdit and its images:", store.folder)
         for repo in hub.MODELS:
             print(f"{repo}:", store.model(repo))

@@ -84,6 +84,10 @@ class EditRecord:
             "locality": self.locality_answer,
         }
 
+    def told(self, what: str, role: str) -> str:
+        """The ``reference``, ``attribute`` or ``hardness`` of a role's question: "unknown" if not told."""
+        return self.meta.get(what, {}).get(role, "unknown")
+
 
 @dataclass(frozen=True)
 class LoadedRecords:

@@ -20,6 +20,7 @@ from mscke.editors.serac import MiniLMEncoder
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
+from mscke.models.sources import load_mllm, make_counterfactual
 from mscke.training import train_counterfactual, write_whole
 from mscke.workers import in_processes
 
@@ -34,7 +35,7 @@ METHODS = ("FT-LLM", "IKE", "SERAC", "SERAC+fg", "MEND", "MSCKE", "MSCKE-MEND")
 
 def load_base(track: Track, backbone: str) -> MLLM:
     """The frozen base model ``backbone`` of the track."""
-    return MLLM.from_pretrained(track.backbones[backbone], backbone, cache=track.features)
+    return load_mllm(track, backbone, cache=track.features)
 
 
 def clip_encoder(track: Track, clip: str | None = None) -> ClipEncoder:
@@ -48,11 +49,10 @@ def counterfactual(
     """The counterfactual model beside ``base``, which all routed methods share: (model, curve)."""
     seed = track.seed if seed is None else seed
     torch.manual_seed(seed)
-    model = CounterfactualModel.beside(base)
+    model = make_counterfactual(track, base)
     folder = track.outputs / "trained" / f"counterfactual-{base.name}-{seed}"
-    curve = train_counterfactual(
-        model, bench.train, bench.validation, folder, track.counterfactual_epochs, seed=seed
-    )
+    recipe = {"epochs": track.counterfactual_epochs, "seed": seed} | track.recipe("counterfactual", base.name)
+    curve = train_counterfactual(model, bench.train, bench.validation, folder, **recipe)
     return model.eval(), curve
 
 
@@ -78,9 +78,10 @@ def train_one(track_name: str, method: str, backbone: str | None = None) -> None
 
 
 def train(track: Track) -> None:
-    """Train all that the main table needs, two trainings at a time; what is finished already is left."""
+    """Train all that the main table needs, ``track.workers`` at a time; what is finished already is left."""
     jobs = [(track.name, method, b) for method in ("MEND", "IKE", "counterfactual") for b in track.backbones]
-    in_processes(train_one, [*jobs, *((track.name, method) for method in SCOPED)], desc="trainings")
+    jobs += [(track.name, method) for method in SCOPED]
+    in_processes(train_one, jobs, track.workers, "trainings")
 
 
 def mend(
@@ -89,11 +90,11 @@ def mend(
     """MEND's editor networks for ``base``: (networks, curve)."""
     seed = track.seed if seed is None else seed
     torch.manual_seed(seed)
-    networks = MendNetworks.beside(base)
+    recipe = {"epochs": track.mend_epochs, "seed": seed} | track.recipe("mend", base.name)
+    rank = {"rank": recipe.pop("rank")} if "rank" in recipe else {}
+    networks = MendNetworks.beside(base, **rank).to(base.model.device)
     folder = track.outputs / "trained" / f"mend-{base.name}-{seed}"
-    curve = train_mend(
-        MEND(base, networks), bench.train, bench.validation[:250], folder, track.mend_epochs, seed=seed
-    )
+    curve = train_mend(MEND(base, networks), bench.train, bench.validation[:250], folder, **recipe)
     return networks.eval(), curve
 
 
@@ -131,7 +132,7 @@ def routed(base: MLLM, in_scope: CounterfactualModel, scope: dict[str, ScopeClas
 def editor(track: Track, bench: Benchmark, base: MLLM, method: str) -> Editor:
     """The editor that tables call ``method``, one of :data:`METHODS`, trained."""
     if method == "FT-LLM":
-        return FineTune(base)
+        return FineTune(base, at_once=track.edits_at_once)
     if method == "IKE":
         return ike(track, bench, base)
     if method == "MEND":

@@ -81,12 +81,14 @@ def applied(language_model: nn.Module, deltas: Deltas) -> Iterator[None]:
 class DeltaModel:
     """The base model under E edits (:class:`mscke.editors.base.EditedModel`).
 
-    ``deltas`` gives the updates of some edits, long (U,); it is asked batch by batch, so that those
-    of many edits need not exist at once. A single edit is in force for every query.
+    ``deltas`` gives the updates of some edits, long (U,); it is asked batch by batch (the base model's
+    size, unless given), so that those of many edits need not exist at once. A single edit is in force for
+    every query.
     """
 
-    def __init__(self, base: MLLM, n: int, deltas: Callable[[Tensor], Deltas], batch_size: int = 512):
-        self.base, self.n, self.deltas, self.batch_size = base, n, deltas, batch_size
+    def __init__(self, base: MLLM, n: int, deltas: Callable[[Tensor], Deltas], batch_size: int | None = None):
+        self.base, self.n, self.deltas = base, n, deltas
+        self.batch_size = batch_size or base.batch_size
 
     def answer(self, queries: Sequence[Query], among: Tensor | None = None) -> list[str]:
         return self._ask(generate, among, queries)

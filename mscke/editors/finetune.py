@@ -18,13 +18,15 @@ from tqdm import tqdm
 from mscke.benchmark.sample import EditRecord
 from mscke.editors.deltas import DeltaModel, Deltas, Dense, Reading, Stages, applied, gradient, matrices, read
 from mscke.models.mllm import MLLM, in_batches
+from mscke.training import ROLES
 
 
 class FineTune:
     """Fits every edit alone, with Adam, until its loss is below ``tolerance`` or for ``steps`` steps.
 
     ``layers``: how many of the last decoder layers are trained, their MLPs' matrices; ``chunk``: how
-    many edits at once, which changes memory and speed but no result.
+    many edits are fitted at once, ``at_once``: of how many the copies are kept (of all, if None; else an edit
+    is fitted when it is asked). Both change memory and speed but no result.
     """
 
     name = "FT-LLM"
@@ -37,18 +39,27 @@ class FineTune:
         steps: int = 25,
         tolerance: float = 1e-2,
         chunk: int = 64,
+        at_once: int | None = None,
     ):
         self.base, self.layers, self.lr, self.steps = base, layers, lr, steps
-        self.tolerance, self.chunk = tolerance, chunk
+        self.tolerance, self.chunk, self.at_once = tolerance, min(chunk, at_once or chunk), at_once
         self.language_model = base.model.language_model
         self.names = matrices(self.language_model, layers)
 
     def edit(self, records: Sequence[EditRecord]) -> DeltaModel:
-        """One model an edit. Keeps E copies of the edited matrices (float32): give it as many as fit."""
+        """One model an edit. Keeps copies of the edited matrices (float32): E, or ``at_once``."""
+        if self.at_once:
+            ask = lambda edits: self._fitted([records[i] for i in edits])  # noqa: E731
+            return DeltaModel(self.base, len(records), ask, self.at_once * len(ROLES))
+        deltas = self._fitted(records)
+        return DeltaModel(self.base, len(records), lambda edits: {n: d[edits] for n, d in deltas.items()})
+
+    def _fitted(self, records: Sequence[EditRecord]) -> Deltas:
+        """Fitted updates (E), ``chunk`` at a time."""
         deltas = self._nothing(len(records))
         for part in tqdm(in_batches(len(records), self.chunk), desc=self.name, leave=False):
             self._fit(*self._read(records[part]), {n: d[part] for n, d in deltas.items()})
-        return DeltaModel(self.base, len(records), lambda edits: {n: d[edits] for n, d in deltas.items()})
+        return deltas
 
     def sequence(self, records: Sequence[EditRecord], checkpoints: Sequence[int]) -> Stages:
         """One model for all: edit after edit on the same weights."""

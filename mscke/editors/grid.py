@@ -20,6 +20,7 @@ from mscke.benchmark.sample import EditRecord, Query
 from mscke.classifier import ClipEncoder, Features, ScopeClassifier
 from mscke.config import Track
 from mscke.editors.serac import MiniLMEncoder
+from mscke.models.sources import device_of, find
 from mscke.training import AS_RELEASED, FINE_GRAINED, encode_records, train_classifier
 from mscke.workers import in_processes
 
@@ -54,6 +55,13 @@ class Spec:
         kind = ("serac", self.supervision) if self.encoder == SENTENCES else (*sees, *told)
         parts = (*kind, *(self.subset or ())[:1], self.seed)
         return track.outputs / "trained" / "-".join(map(str, parts))
+
+
+def load_clip(track: Track, clip: str, cache: Path | None = None) -> ClipEncoder:
+    """The frozen CLIP that the track calls ``clip``, fetched if it has to be."""
+    return ClipEncoder(
+        find(track, track.clips[clip]), cache=cache, device=device_of(track), half=track.half_features
+    )
 
 
 class SentencePatchEncoder:
@@ -94,7 +102,7 @@ class Shared:
             elif first == SENTENCES:
                 self.encoders[name] = MiniLMEncoder(self.track.features)
             else:
-                self.encoders[name] = ClipEncoder(self.track.clips[name], cache=self.track.features)
+                self.encoders[name] = load_clip(self.track, name, self.track.features)
         return self.encoders[name]
 
     def fresh(self, spec: Spec) -> ScopeClassifier:
@@ -102,7 +110,8 @@ class Shared:
         clip, encoder = (spec.encoder or self.track.clip).rpartition("+")[2], self.encoder(spec.encoder)
         torch.manual_seed(spec.seed)  # once the encoder is there: loading it draws random numbers
         name = self.track.clips.get(clip, "all-MiniLM-L6-v2")
-        return ScopeClassifier(name, None, spec.fusion, spec.similarity, encoder=encoder)
+        classifier = ScopeClassifier(name, None, spec.fusion, spec.similarity, encoder=encoder)
+        return classifier.to(device_of(self.track))
 
     def trained(self, spec: Spec) -> tuple[ScopeClassifier, pd.DataFrame]:
         """The classifier, trained or read, and its curve."""
@@ -112,7 +121,7 @@ class Shared:
             told = told | {"others": 0.0}
         curve = train_classifier(
             classifier, records, self.bench.validation, spec.folder(self.track),
-            self.track.classifier_epochs, seed=spec.seed, **told,
+            self.track.classifier_epochs, seed=spec.seed, **told, **self.track.recipe("classifier"),
         )  # fmt: skip
         return classifier.eval(), curve
 

@@ -37,7 +37,7 @@ from mscke.training import IN_ROLES, ROLES
 ROTATION = (
     "in_scope", "out_of_scope", "generality", "locality", "in_scope", "out_of_scope", "reliability", "locality",
 )  # fmt: skip
-TOKENS = 32_768  # of a batch: contexts are long
+TOKENS = 64  # of a batch, for each query that the base model takes at once: contexts are long
 NEW_TOKENS = 6  # room for the answer
 
 
@@ -86,7 +86,7 @@ class InContextModel:
             visual = base.see([queries[i] for i in rows])
             return generate(base.model.language_model, base.encoder, [prompts[i] for i in rows], visual)
 
-        return _by_length(prompts, ask)
+        return _by_length(prompts, ask, TOKENS * base.batch_size)
 
     def force(
         self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None
@@ -100,14 +100,14 @@ class InContextModel:
             texts = [prompts[i] for i in rows], [gold[i] for i in rows]
             return teacher_force(base.model.language_model, base.encoder, *texts, visual)
 
-        return _by_length(prompts, ask)
+        return _by_length(prompts, ask, TOKENS * base.batch_size)
 
 
-def _by_length(prompts: list[list[int]], ask: Callable[[list[int]], list]) -> list:
-    """``ask`` of all rows in batches of about one length, results in the order of ``prompts``."""
+def _by_length(prompts: list[list[int]], ask: Callable[[list[int]], list], tokens: int) -> list:
+    """``ask`` of all rows in batches of some ``tokens`` and about one length; results in the prompts' order."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    longest = max(map(len, prompts), default=1)
-    found = [result for part in in_batches(len(order), TOKENS // longest) for result in ask(order[part])]
+    size = max(1, tokens // max(map(len, prompts), default=1))
+    found = [result for part in in_batches(len(order), size) for result in ask(order[part])]
     return [found[place] for place in sorted(range(len(order)), key=order.__getitem__)]
 
 

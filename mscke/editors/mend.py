@@ -23,7 +23,7 @@ from mscke.models.mllm import MLLM, Forced, normalise_answer
 from mscke.training import IN_ROLES, ROLES, digest, fit
 
 TRAINED = ("reliability", "in_scope", "out_of_scope", "locality")  # of a record's queries, those that train
-MEASURED = 256  # train edits whose gradients give the pairs' mean and standard deviation
+MEASURED = 256  # train edits, at most, whose gradients give the pairs' mean and standard deviation
 
 
 class EditorNetwork(nn.Module):
@@ -139,7 +139,8 @@ class MEND:
                 yield done, DeltaModel(self.base, 1, lambda _, now=now: now)
 
     def _under(self, edits: Sequence[Edit]) -> DeltaModel:
-        return DeltaModel(self.base, len(edits), lambda rows: self.deltas([edits[i] for i in rows]), 256)
+        half = max(1, self.base.batch_size // 2)  # an update's factors are as long as the edit
+        return DeltaModel(self.base, len(edits), lambda rows: self.deltas([edits[i] for i in rows]), half)
 
     def _each(self, edits: Sequence[Edit]) -> tuple[DeltaModel, Tensor]:
         """A model of the edits without their repetitions, and each one's place (B) among them."""
@@ -182,7 +183,8 @@ def train_mend(
     c_loc: float = 1.0,
 ) -> pd.DataFrame:
     """Train MEND's networks in place; returns the curve, resumes as :func:`mscke.training.fit` says."""
-    mend.networks.measure(mend.gradients([r.edit for r in train[:MEASURED]]))
+    measured = min(MEASURED, mend.base.batch_size // 2)  # all in one batch
+    mend.networks.measure(mend.gradients([r.edit for r in train[:measured]]))
 
     def loss(rows: Tensor) -> Tensor:
         return mend_loss(mend, [train[i] for i in rows.tolist()], c_edit, c_loc)

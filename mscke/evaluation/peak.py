@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 
 from mscke.benchmark import EditRecord, load_benchmark
-from mscke.classifier import ClipEncoder, ScopeClassifier
+from mscke.classifier import ScopeClassifier
 from mscke.config import Track, get_track
+from mscke.editors.grid import load_clip
 from mscke.evaluation.cost import (
     PARTS,
     Component,
@@ -20,8 +21,8 @@ from mscke.evaluation.cost import (
     scope_components,
 )
 from mscke.memory import EditMemory
-from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.mllm import MLLM
+from mscke.models.sources import device_of, load_mllm, make_counterfactual
 from mscke.workers import in_processes
 
 N_EDITS = 1000  # in the memory that is searched
@@ -47,7 +48,7 @@ def _peaks(track_name: str, part: str, backbone: str, batches: Sequence[int]) ->
     """Bytes at each of ``batches``, which rise: a process's peak never falls. Weights are fresh ones."""
     track = get_track(track_name)
     records = load_benchmark(track).test
-    base = MLLM.from_pretrained(track.backbones[backbone], backbone) if part.startswith("counter") else None
+    base = load_mllm(track, backbone) if part.startswith("counter") else None
     start, peaks = held("VmRSS"), []
     make = _loaded(part, track, backbone, base)
     with torch.inference_mode():
@@ -63,15 +64,15 @@ def _loaded(
 ) -> Callable[[Sequence[EditRecord]], list[Component]]:
     """Load ``part``; its components for some records' in-scope queries."""
     if part == "scope classifier":
-        clip = track.clips[track.clip]
-        classifier = ScopeClassifier(clip, encoder=ClipEncoder(clip)).eval()
+        classifier = ScopeClassifier(track.clip, encoder=load_clip(track, track.clip)).eval()
+        classifier.to(device_of(track))
         memory = EditMemory(classifier.dim)
         memory.add([None] * N_EDITS, torch.randn(N_EDITS, classifier.dim))
         return lambda records: scope_components(classifier, memory, [r.in_scope for r in records])
     if part == "base model":
-        base = MLLM.from_pretrained(track.backbones[backbone], backbone)
+        base = load_mllm(track, backbone)
         return lambda records: base_components(base, [r.in_scope for r in records])
-    in_scope = CounterfactualModel.beside(base).eval()
+    in_scope = make_counterfactual(track, base).eval()
     return lambda records: [
         base_components(base, [r.in_scope for r in records])[0],
         counterfactual_component(in_scope, records),

@@ -1,13 +1,17 @@
-"""The counterfactual model f_cfr(t_e, y_e, i, t): small, trainable, answers what is in scope.
+"""The counterfactual model f_cfr(t_e, y_e, i, t): trainable, answers what is in scope.
 
 It sees the image through the base model's frozen Q-Former and its *own trained* projection (the
 authors' release re-draws that projection at random for every edit), and reads the retrieved edit in
-its context: ``New Fact: t_e y_e`` before the question.
+its context: ``New Fact: t_e y_e`` before the question. Its text model is a few fresh layers (the mini
+track), a smaller pretrained one (the paper's OPT-125m), or the base model's own with its last layer copied
+and trained (the paper's Vicuna).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -22,7 +26,8 @@ class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
     """A small text model of the base model's family, with a visual projection of its own.
 
     ``text_config`` is a transformers text config as a dict; ``visual_width`` the Q-Former's width.
-    Use :meth:`beside` to make a fresh one for a base model, and :meth:`attach` after loading.
+    Use :meth:`beside` or :meth:`pretrained` to make one for a base model, and :meth:`attach` after loading.
+    Its weights are float32; beside a base model in bfloat16 it computes in mixed precision.
     """
 
     def __init__(self, text_config: dict, visual_width: int):
@@ -44,10 +49,25 @@ class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
                 target.copy_(source)
         return model
 
+    @classmethod
+    def pretrained(cls, base: MLLM, folder: str | Path) -> CounterfactualModel:
+        """The model of the base's family in ``folder``, with its tokenizer and a fresh projection."""
+        text = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, weights_only=True)
+        if text.get_input_embeddings().num_embeddings <= base.encoder.image_id:
+            text.resize_token_embeddings(base.encoder.image_id + 1)
+        model = cls(text.config.to_diff_dict(), base.model.config.qformer_config.hidden_size)
+        model.language_model = text
+        return model.attach(base)
+
     def attach(self, base: MLLM) -> CounterfactualModel:
-        """Share ``base``'s tokenizer and image features."""
+        """Share ``base``'s tokenizer, image features and device."""
         object.__setattr__(self, "base", base)  # not a submodule: the base model is not ours to train
-        return self
+        return self.to(base.model.device)
+
+    def mixed(self) -> torch.autocast:
+        """bfloat16 where the base model computes in it."""
+        device, dtype = self.base.model.device, self.base.model.dtype
+        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def prompts(self, queries: Sequence[Query], edits: Sequence[Edit]) -> list[list[int]]:
         contexts = [IN_CONTEXT.format(e.prompt, e.answer) for e in edits]
@@ -56,35 +76,67 @@ class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
     def see(self, queries: Sequence[Query]) -> Tensor | None:
         """Visual tokens (V, n, d) of the queries that have an image, through the own projection."""
         paths = [q.image for q in queries if q.image is not None]
-        return self.projection(self.base.features(paths)) if paths else None
+        return self.projection(self.base.features(paths).to(self.projection.weight.device)) if paths else None
 
     def loss(self, queries: Sequence[Query], edits: Sequence[Edit], answers: Sequence[str]) -> Tensor:
         """Mean cross-entropy of the answers' tokens, to be minimised on in-scope queries."""
         encoder = self.base.encoder
         batch: Batch = encoder.collate(self.prompts(queries, edits), [encoder.answer(a) for a in answers])
-        embedded = embed(self.language_model, batch.ids, encoder.image_id, self.see(queries))
-        hidden = self.language_model.model(inputs_embeds=embedded, attention_mask=batch.mask, use_cache=False)
-        where = batch.labels >= 0
-        logits = self.language_model.lm_head(hidden.last_hidden_state[where])
-        return nn.functional.cross_entropy(logits, batch.labels[where])
+        ids, mask, labels = (
+            part.to(self.base.model.device) for part in (batch.ids, batch.mask, batch.labels)
+        )
+        with self.mixed():
+            embedded = embed(self.language_model, ids, encoder.image_id, self.see(queries))
+            hidden = self.language_model.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+            logits = self.language_model.lm_head(hidden.last_hidden_state[labels >= 0])
+        return nn.functional.cross_entropy(logits.float(), labels[labels >= 0])
 
     @torch.inference_mode()
-    def answer(self, queries: Sequence[Query], edits: Sequence[Edit], batch_size: int = 512) -> list[str]:
+    def answer(
+        self, queries: Sequence[Query], edits: Sequence[Edit], batch_size: int | None = None
+    ) -> list[str]:
         """Greedy answers to (B) queries, each under its own edit."""
         answers = []
-        for part in in_batches(len(queries), batch_size):
+        for part in in_batches(len(queries), batch_size or self.base.batch_size):
             prompts = self.prompts(queries[part], edits[part])
-            answers += generate(self.language_model, self.base.encoder, prompts, self.see(queries[part]))
+            with self.mixed():
+                visual = self.see(queries[part])
+                answers += generate(self.language_model, self.base.encoder, prompts, visual)
         return answers
 
     @torch.inference_mode()
     def force(
-        self, queries: Sequence[Query], edits: Sequence[Edit], answers: Sequence[str], batch_size: int = 512
+        self,
+        queries: Sequence[Query],
+        edits: Sequence[Edit],
+        answers: Sequence[str],
+        batch_size: int | None = None,
     ) -> list[Forced]:
         """Teacher-forced predictions of (B) gold answers, each under its own edit."""
         encoder, forced = self.base.encoder, []
-        for part in in_batches(len(queries), batch_size):
+        for part in in_batches(len(queries), batch_size or self.base.batch_size):
             prompts = self.prompts(queries[part], edits[part])
             ids = [encoder.answer(a, eos=False) for a in answers[part]]
-            forced += teacher_force(self.language_model, encoder, prompts, ids, self.see(queries[part]))
+            with self.mixed():
+                forced += teacher_force(self.language_model, encoder, prompts, ids, self.see(queries[part]))
         return forced
+
+
+class LastLayers(CounterfactualModel):
+    """The base's text model, of which only the last ``layers`` decoder layers are copied, and trained.
+
+    All below them, the words and their readout are the base's own tensors: shared, frozen, not saved.
+    The projection starts as the base's.
+    """
+
+    def __init__(self, base: MLLM, layers: int = 1):
+        nn.Module.__init__(self)
+        source = base.model.language_model
+        shared = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
+        text = copy.deepcopy(source, shared)  # another arrangement of the same tensors
+        decoder = text.get_decoder()
+        self.own = nn.ModuleList(copy.deepcopy(layer).float() for layer in decoder.layers[-layers:])
+        decoder.layers = nn.ModuleList([*decoder.layers[:-layers], *self.own])
+        object.__setattr__(self, "language_model", text)  # not a submodule: what is ours of it is ``own``
+        self.projection = copy.deepcopy(base.model.language_projection).float()
+        self.requires_grad_(True).attach(base)

@@ -31,9 +31,13 @@ class FeatureTable:
     """
 
     def __init__(
-        self, compute: Callable[[list[str]], tuple[Tensor, ...]], path: Path | None = None, batch_size=256
+        self,
+        compute: Callable[[list[str]], tuple[Tensor, ...]],
+        path: Path | None = None,
+        batch_size: int = 256,
+        dtype: torch.dtype = torch.float32,
     ):
-        self.compute, self.path, self.batch_size = compute, path, batch_size
+        self.compute, self.path, self.batch_size, self.dtype = compute, path, batch_size, dtype
         self.rows: dict[str, int] = {}
         self.stamps: dict[str, str] = {}
         self.columns: tuple[Tensor, ...] = ()
@@ -65,7 +69,7 @@ class FeatureTable:
         starts = range(0, len(new), self.batch_size)
         for i in tqdm(starts, desc="encoding", leave=False, disable=len(new) < 2000 or None):
             found = self.compute(new[i : i + self.batch_size])
-            parts.append(tuple(column.float().cpu() for column in found))
+            parts.append(tuple(column.to("cpu", self.dtype) for column in found))
         if new:
             self.columns = tuple(torch.cat(column) for column in zip(*parts, strict=True))
             self.rows.update({key: len(self.rows) + i for i, key in enumerate(new)})

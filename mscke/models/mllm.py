@@ -212,6 +212,7 @@ class MLLM:
     was asked before. ``with_context`` prepends text (an in-context edit) to a question.
     ``image_size``: the side of the images it is shown, in pixels, its own if None; at another the vision
     tower's position embeddings are interpolated (the paper shows 364² to towers trained at 224²).
+    ``batch_size``: how many queries at once it, and what is built on it, is asked; half as many images.
     """
 
     def __init__(
@@ -221,6 +222,7 @@ class MLLM:
         name: str,
         cache: Path | None = None,
         image_size: int | None = None,
+        batch_size: int = 512,
     ):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         prompt = FORMATS[model.config.text_config.model_type]
@@ -231,8 +233,9 @@ class MLLM:
                 f"{self.encoder.image_id} in its tokenizer; take both from one revision"
             )
         self.image_size = image_size or model.config.vision_config.image_size
+        self.batch_size = batch_size
         table = f"qformer-{self.eyes()}-{self.image_size}.safetensors"
-        self.images = ImageTable(self._look, cache and cache / table)
+        self.images = ImageTable(self._look, cache and cache / table, max(1, batch_size // 2))
         self._answers: dict[Query, str] = {}
         self._forced: dict[tuple[Query, str], Forced] = {}
 
@@ -243,6 +246,7 @@ class MLLM:
         name: str,
         cache: Path | None = None,
         image_size: int | None = None,
+        batch_size: int = 512,
         **kwargs,
     ) -> MLLM:
         """Load a model saved in transformers' own format (safetensors only).
@@ -254,7 +258,7 @@ class MLLM:
         model = Blip2ForConditionalGeneration.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, **kwargs
         )
-        return cls(model, AutoTokenizer.from_pretrained(folder), name, cache, image_size)
+        return cls(model, AutoTokenizer.from_pretrained(folder), name, cache, image_size, batch_size)
 
     def eyes(self) -> str:
         """Names the weights that see: two models on one vision tower and Q-Former share features."""
@@ -289,20 +293,22 @@ class MLLM:
             for q, c in zip(queries, contexts, strict=True)
         ]
 
-    def answer(self, queries: Sequence[Query], batch_size: int = 512) -> list[str]:
+    def answer(self, queries: Sequence[Query], batch_size: int | None = None) -> list[str]:
         """Greedy answers to (B) queries, normalised for exact match."""
         new = [q for q in dict.fromkeys(queries) if q not in self._answers]
-        for part in in_batches(len(new), batch_size):
+        for part in in_batches(len(new), batch_size or self.batch_size):
             chunk = new[part]
             texts = generate(self.model.language_model, self.encoder, self.prompts(chunk), self.see(chunk))
             self._answers.update(zip(chunk, texts, strict=True))
         return [self._answers[q] for q in queries]
 
-    def force(self, queries: Sequence[Query], answers: Sequence[str], batch_size: int = 512) -> list[Forced]:
+    def force(
+        self, queries: Sequence[Query], answers: Sequence[str], batch_size: int | None = None
+    ) -> list[Forced]:
         """Teacher-forced predictions of (B) gold answers."""
         pairs = list(zip(queries, answers, strict=True))
         new = [p for p in dict.fromkeys(pairs) if p not in self._forced]
-        for part in in_batches(len(new), batch_size):
+        for part in in_batches(len(new), batch_size or self.batch_size):
             chunk, gold = zip(*new[part], strict=True)
             ids = [self.encoder.answer(a, eos=False) for a in gold]
             found = teacher_force(

@@ -25,7 +25,7 @@ def rank_agreement(rows: pd.DataFrame, n_boot: int = 2000, seed: int = 0) -> pd.
     reported = reported_main().query("metric == 'specificity'").set_index(["backbone", "method"])["value"]
     found = []
     for (backbone, protocol), group in rows.groupby(["backbone", "protocol"], sort=False):
-        theirs = reported[PAIRED[backbone]]
+        theirs = reported[PAIRED.get(backbone, backbone)]
         ours = specificities(group[group["method"].isin(theirs.index)])
         theirs = theirs[ours.columns]
         means = resampled_means(ours.to_numpy(), n_boot, seed)
@@ -44,7 +44,7 @@ def disagreements(summary: pd.DataFrame, protocol: str = "generated") -> pd.Data
     reported = reported_main().query("metric == 'specificity'").set_index(["backbone", "method"])["value"]
     part, found = summary[(summary["protocol"] == protocol) & (summary["metric"] == "specificity")], []
     for backbone, group in part.groupby("backbone", sort=False):
-        theirs = reported[PAIRED[backbone]]
+        theirs = reported[PAIRED.get(backbone, backbone)]
         known = [r for r in group.itertuples() if r.method in theirs.index]
         for a in known:
             for b in known:

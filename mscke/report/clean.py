@@ -1,8 +1,8 @@
-"""An executed notebook without the traces of its run: ``python -m mscke.report.clean IN OUT``.
+"""An executed notebook without the traces of its run: ``python -m mscke.report.clean IN OUT [NOTE]``.
 
 Outputs, cell ids and their order stay. What papermill and Jupyter note about the run goes: timings,
 the injected parameters, widget state, what was written to stderr. Execution counts become 1 … n. The same
-outputs give the same bytes.
+outputs give the same bytes. A note, in Markdown, becomes the first cell.
 """
 
 from __future__ import annotations
@@ -59,9 +59,11 @@ def _outputs(cell: NotebookNode) -> list[NotebookNode]:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 2:
-        sys.exit("usage: python -m mscke.report.clean IN.ipynb OUT.ipynb")
+    if len(argv) not in (2, 3):
+        sys.exit("usage: python -m mscke.report.clean IN.ipynb OUT.ipynb [NOTE]")
     notebook = clean(nbformat.read(argv[0], as_version=4))
+    if len(argv) == 3:
+        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(argv[2], id="note"))
     with replacing(Path(argv[1])) as temporary:
         nbformat.write(notebook, temporary)
 

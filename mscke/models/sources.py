@@ -1,0 +1,95 @@
+"""Where a track's models come from, and how they are loaded. In ``mscke.config`` a source is
+
+* a folder, or for a CLIP what open_clip takes: used as it is;
+* ``hub:<repository>``: fetched, locked and verified by :mod:`mscke.benchmark.fetch`;
+* ``minigpt4:<BLIP-2>+<Vicuna>``: MiniGPT-4, composed once of these two and its published projection;
+* ``last:<n>``, for a counterfactual model: the base model's own last n decoder layers, copied and trained.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, BitsAndBytesConfig
+
+from mscke.benchmark.fetch import open_store
+from mscke.config import Track
+from mscke.models.compose import compose_minigpt4, memory_needed
+from mscke.models.counterfactual import CounterfactualModel, LastLayers
+from mscke.models.mllm import MLLM
+
+UNROUNDED = ("vision_model", "qformer", "language_projection", "language_model.lm_head")  # never in 8 bits
+
+
+def find(track: Track, source: str) -> str:
+    """The folder, or open_clip's name, of ``source``; fetched or composed if it is not there yet.
+
+    Raises :class:`mscke.benchmark.lock.FetchError`, or what :func:`compose_minigpt4` raises.
+    """
+    kind, _, what = source.partition(":")
+    if kind == "hub":
+        folder = open_store(track=track).model(what)
+        return f"local-dir:{folder}" if (folder / "open_clip_config.json").exists() else str(folder)
+    if kind == "minigpt4":
+        if not (target := track.models / "minigpt4").exists():
+            store, (blip2, vicuna) = open_store(track=track), what.split("+")
+            compose_minigpt4(store.model(blip2), store.minigpt4(), store.model(vicuna), target)
+        return str(target)
+    return source
+
+
+def device_of(track: Track) -> torch.device:
+    """Where the track's models compute."""
+    gpu = track.device == "auto" and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+def load_mllm(track: Track, backbone: str, cache: Path | None = None) -> MLLM:
+    """The frozen base model ``backbone``: bfloat16 on a GPU, float32 on a CPU.
+
+    Where models are fetched, what its weights take is said before they are loaded. Raises MemoryError
+    if the GPU has not that much left.
+    """
+    folder, device = find(track, track.backbones[backbone]), device_of(track)
+    options = {"image_size": track.image_size, "batch_size": track.batch_size}
+    options["dtype"] = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cuda":
+        options["device_map"] = {"": device.index}
+    if track.fetched:
+        config = AutoConfig.from_pretrained(folder)
+        check_memory(backbone, memory_needed(config, options["dtype"]), device, track.eight_bit)
+        if track.eight_bit and device.type == "cuda":
+            options["quantization_config"] = eight_bit(config)
+    return MLLM.from_pretrained(folder, backbone, cache, **options)
+
+
+def check_memory(name: str, needed: int, device: torch.device, rounded: bool) -> None:
+    """Say on stderr what the weights take; MemoryError if they cannot fit on the GPU ``device``."""
+    print(f"{name}: {needed / 1e9:.2f} GB of weights on {device}, activations on top", file=sys.stderr)
+    if device.type != "cuda" or rounded:  # in 8 bits it is less, by how much bitsandbytes knows
+        return
+    torch.cuda.empty_cache()  # what is free is free to all
+    if (free := torch.cuda.mem_get_info(device)[0]) < needed:
+        raise MemoryError(
+            f"{name} needs {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free; "
+            "set MSCKE_8BIT=1, or use a larger GPU"
+        )
+
+
+def eight_bit(config) -> BitsAndBytesConfig:
+    """The language model's matrices in 8-bit integers, but for the last layer, which is copied and trained."""
+    decoder = "model.decoder" if config.text_config.model_type == "opt" else "model"
+    last = f"language_model.{decoder}.layers.{config.text_config.num_hidden_layers - 1}"
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[*UNROUNDED, last])
+
+
+def make_counterfactual(track: Track, base: MLLM) -> CounterfactualModel:
+    """The counterfactual model beside ``base`` before training: pretrained where the track has a source."""
+    source = track.counterfactuals.get(base.name, "")
+    if source.startswith("last:"):
+        return LastLayers(base, int(source.removeprefix("last:")))
+    if source:
+        return CounterfactualModel.pretrained(base, find(track, source))
+    return CounterfactualModel.beside(base)
