@@ -1,7 +1,12 @@
-"""Trained editors of a track, by the names that tables call them. Training happens once and is resumed."""
+"""Trained editors of a track, by the names that tables call them. Training happens once and is resumed.
+
+``python -m mscke.editors.build --track …`` trains all of them two at a time; started by ``accelerate launch``,
+one after the other, each on all processes.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -22,7 +27,7 @@ from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
 from mscke.training import train_counterfactual, write_whole
-from mscke.workers import in_processes
+from mscke.workers import in_processes, one_thread, processes
 
 SCOPED = {  # the methods with a scope classifier of their own
     "SERAC": Spec("text", encoder=SENTENCES, supervision="released"),
@@ -79,7 +84,9 @@ def train_one(track_name: str, method: str, backbone: str | None = None) -> None
 
 
 def train(track: Track) -> None:
-    """Train all that the main table needs, two trainings at a time; what is finished already is left."""
+    """Train all that the main table needs; what is finished already is left."""
+    with processes().main_process_first():
+        load_benchmark(track)
     jobs = [(track.name, method, b) for method in ("MEND", "IKE", "counterfactual") for b in track.backbones]
     in_processes(train_one, [*jobs, *((track.name, method) for method in SCOPED)], desc="trainings")
 
@@ -102,10 +109,11 @@ def ike_choices(track: Track, bench: Benchmark, backbone: str | MLLM) -> pd.Data
     """How IKE does on validation records by its number k of demonstrations, in shares; measured once."""
     base = load_base(track, backbone) if isinstance(backbone, str) else backbone
     path = track.outputs / "trained" / f"ike-{base.name}-{fingerprint(base.model)[:8]}" / "validation.csv"
-    if not path.exists():
-        held = bench.validation[: track.ike_records]
-        _, table = choose_k(base, bench.train, MiniLMEncoder(track.features), held)
-        write_whole(path, lambda p: table.to_csv(p, index=False))
+    with processes().main_process_first():
+        if not path.exists():
+            held = bench.validation[: track.ike_records]
+            _, table = choose_k(base, bench.train, MiniLMEncoder(track.features), held)
+            write_whole(path, lambda p: table.to_csv(p, index=False))
     return pd.read_csv(path)
 
 
@@ -133,3 +141,19 @@ def editors(track: Track, bench: Benchmark, base: MLLM) -> Iterator[Editor]:
     yield MEND(base, networks)
     yield mscke
     yield MSCKE(base, MEND(base, networks), scope["MSCKE"], "MSCKE-MEND")
+
+
+def trained_track(about: str) -> Track:
+    """The track that the command line names, with all of it trained: a command's first step."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--track", help="its name; unless told what MSCKE_TRACK says, or mini")
+    track = get_track(parser.parse_args().track)
+    if processes().device.type == "cpu":
+        one_thread()
+    train(track)
+    return track
+
+
+if __name__ == "__main__":
+    trained_track(__doc__)
+    processes().destroy_process_group()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import gather_object
 
 from mscke.benchmark.sample import EditRecord
+from mscke.checkpoint import write_whole
 from mscke.editors.base import EditedModel, Editor
 from mscke.evaluation.metrics import (
     CHANGES,
@@ -21,7 +22,10 @@ from mscke.evaluation.metrics import (
     token_accuracy,
     unchanged_share,
 )
-from mscke.models.mllm import MLLM
+from mscke.models.mllm import MLLM, in_batches
+from mscke.workers import processes
+
+COLUMNS = "track backbone method protocol record metric value question expected answer".split()
 
 
 def evaluate(
@@ -43,20 +47,21 @@ def evaluate(
     rows.insert(0, "track", track)
     rows.insert(1, "backbone", base.name)
     rows.insert(2, "method", editor.name)
-    return rows[
-        [
-            "track",
-            "backbone",
-            "method",
-            "protocol",
-            "record",
-            "metric",
-            "value",
-            "question",
-            "expected",
-            "answer",
-        ]
-    ]
+    return rows[COLUMNS]
+
+
+def evaluate_shared(
+    editor: Editor, base: MLLM, records: Sequence[EditRecord], track: str, at_once: int | None = None
+) -> pd.DataFrame:
+    """The rows of :func:`evaluate`, each record edited alone: every process gets all, and computes its share.
+
+    ``at_once`` records are edited together, all of them unless told: fewer need less memory.
+    """
+    with processes().split_between_processes(list(records)) as mine:
+        parts = [mine[part] for part in in_batches(len(mine), at_once or len(mine) or 1)]
+        frames = [evaluate(editor, base, part, track) for part in parts]
+    rows = pd.concat(gather_object(frames), ignore_index=True)
+    return rows.sort_values("protocol", kind="stable", ignore_index=True)  # as one process has them
 
 
 def _queries(records: Sequence[EditRecord]) -> tuple[list, list[str], pd.DataFrame]:
@@ -107,7 +112,4 @@ def _named(frame: pd.DataFrame) -> pd.DataFrame:
 
 def save_rows(rows: pd.DataFrame, path: Path) -> None:
     """Store per-record rows as parquet, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    rows.to_parquet(temporary, index=False, compression="zstd")
-    os.replace(temporary, path)
+    write_whole(path, lambda p: rows.to_parquet(p, index=False, compression="zstd"))

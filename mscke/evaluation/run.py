@@ -1,4 +1,8 @@
-"""The main results as stage outputs: each method's rows are computed once and kept, backbones side by side."""
+"""The main results as stage outputs: each method's rows are computed once and kept.
+
+On a plain CPU the backbones are evaluated side by side. ``accelerate launch -m mscke.evaluation.run --track …``
+shares out the records instead; both train first what is not trained yet, and give the same rows.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ import pandas as pd
 from mscke.benchmark import load_benchmark
 from mscke.config import ASSETS, ROOT, Track, get_track
 from mscke.editors import build
-from mscke.evaluation.protocol import evaluate, save_rows
-from mscke.workers import in_processes
+from mscke.evaluation.protocol import evaluate_shared, save_rows
+from mscke.workers import in_processes, processes
 
 ABOVE = ("report",)  # what rows do not depend on
 
@@ -37,7 +41,10 @@ def run_backbone(track_name: str, backbone: str, key: str) -> Path:
     for editor in build.editors(track, bench, base):
         path = folder / f"{editor.name}.parquet"
         if not path.exists():
-            save_rows(evaluate(editor, base, bench.test, track.name), path)
+            rows = evaluate_shared(editor, base, bench.test, track.name)
+            if processes().is_main_process:
+                save_rows(rows, path)
+    processes().wait_for_everyone()
     return folder
 
 
@@ -47,3 +54,11 @@ def run_track(track: Track) -> pd.DataFrame:
     folders = in_processes(run_backbone, [(track.name, b, key) for b in track.backbones], desc="backbones")
     files = [folder / f"{method}.parquet" for folder in folders for method in build.METHODS]
     return pd.concat([pd.read_parquet(path) for path in files], ignore_index=True)
+
+
+if __name__ == "__main__":
+    rows = run_track(build.trained_track(__doc__))
+    if processes().is_main_process:
+        means = rows.groupby(["backbone", "protocol", "method", "metric"], sort=False)["value"].mean()
+        print((100 * means).unstack().round(2).to_string())
+    processes().destroy_process_group()
