@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from mscke.benchmark.sample import EditRecord, Query
+from mscke.checkpoint import write_whole as write_whole  # for those above
 from mscke.classifier import Features, ScopeClassifier
+from mscke.fit import fit
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.features import fingerprint
-from mscke.models.mllm import normalise_answer
+from mscke.models.mllm import MLLM, in_batches, normalise_answer
 
 ROLES = ("reliability", "generality", "in_scope", "out_of_scope", "locality")
 IN_ROLES = (True, True, True, False, False)
 # weight of each role in the loss: the two fine-grained ones count twice, so that they decide where ρ = 0.5 lies
 FINE_GRAINED = (0.25, 0.25, 0.5, 0.8, 0.2)
 AS_RELEASED = (0.5, 0.5, 0.0, 0.0, 1.0)  # SERAC's: the edit and its rephrasing against unrelated text
+
+Share = Callable[[Sequence[EditRecord], slice], Tensor]  # what a part of some records adds to their loss
 
 
 def encode_records(classifier: ScopeClassifier, records: Sequence[EditRecord]) -> tuple[Features, Features]:
@@ -42,28 +43,39 @@ def _encode(encoder: Callable[..., Features], records: tuple[EditRecord, ...]) -
 
 
 def scope_loss(
-    classifier: ScopeClassifier, edits: Features, queries: Features, weights: Sequence[float], others: float
+    classifier: ScopeClassifier,
+    edits: Features,
+    queries: Features,
+    weights: Sequence[float],
+    others: float,
+    part: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy of in- and out-of-scope queries (§3): (loss, logits of own queries (R, 5)).
+    """Binary cross-entropy of in- and out-of-scope queries (§3): (loss, logits of own queries (P, 5)).
+
+    Of R records; ``queries`` are those of the ``part`` of P records, and the loss is what they add to the
+    whole's: every part is held against all edits, which cost little, and needs no other part's queries.
 
     ``others`` weighs the visual queries against *other* records' edits in the batch, which are all out of
     scope: what keeps edits apart when many share one memory. Of them the nearest counts, for in a
     memory the nearest decides; their mean would hardly feel the few look-alikes.
     """
-    z_edit, z_query = classifier(edits), classifier(queries)
-    n = len(z_edit)
-    own = classifier.logit((z_edit.unsqueeze(1) - z_query.unflatten(0, (n, 5))).square().sum(-1))  # (R, 5)
-    target = torch.tensor(IN_ROLES, dtype=own.dtype, device=own.device).expand_as(own)
-    per_role = F.binary_cross_entropy_with_logits(own, target, reduction="none").mean(0)
-    loss = (per_role * per_role.new_tensor(weights)).sum()
-    if others and n > 1:
-        asked = z_query.unflatten(0, (n, 5))[:, :4].flatten(0, 1)  # (4 R, d), visual ones
-        squared = z_edit.square().sum(-1, keepdim=True) + asked.square().sum(-1) - 2 * z_edit @ asked.T
-        strangers = classifier.logit(squared.clamp(min=0)).unflatten(1, (n, 4))  # (R, R, 4)
-        own_edit = torch.eye(n, dtype=torch.bool, device=own.device).unsqueeze(-1)
-        strangers = strangers.masked_fill(own_edit, -torch.inf)
-        loss = loss + others * F.softplus(strangers.amax(0)).mean()
-    return loss, own
+    z_edit, z_query = classifier(edits).float(), classifier(queries).float()
+    n, mine = len(z_edit), len(z_query) // 5
+    # a distance is a small difference of large numbers: in full precision
+    with torch.autocast(z_edit.device.type, enabled=False):
+        own = z_edit[part].unsqueeze(1) - z_query.unflatten(0, (mine, 5))
+        own = classifier.logit(own.square().sum(-1))  # (P, 5)
+        target = torch.tensor(IN_ROLES, dtype=own.dtype, device=own.device).expand_as(own)
+        per_role = F.binary_cross_entropy_with_logits(own, target, reduction="none").mean(0)
+        loss = (per_role * per_role.new_tensor(weights)).sum()
+        if others and n > 1:
+            asked = z_query.unflatten(0, (mine, 5))[:, :4].flatten(0, 1)  # (4 P, d), visual ones
+            squared = z_edit.square().sum(-1, keepdim=True) + asked.square().sum(-1) - 2 * z_edit @ asked.T
+            strangers = classifier.logit(squared.clamp(min=0)).unflatten(1, (mine, 4))  # (R, P, 4)
+            itself = torch.eye(n, dtype=torch.bool, device=own.device)[:, part].unsqueeze(-1)
+            strangers = strangers.masked_fill(itself, -torch.inf)
+            loss = loss + others * F.softplus(strangers.amax(0)).mean()
+    return loss * (mine / n), own
 
 
 def train_classifier(
@@ -71,27 +83,28 @@ def train_classifier(
     train: Sequence[EditRecord],
     validation: Sequence[EditRecord],
     folder: Path,
-    epochs: int = 20,
+    epochs: int = 5,
     lr: float = 1e-3,
     batch_size: int = 128,
     seed: int = 0,
     weights: Sequence[float] = FINE_GRAINED,
     others: float = 1.0,
+    **options,
 ) -> pd.DataFrame:
     """Train in place on frozen features; returns the curve (one row an epoch).
 
-    The last epoch is kept: nothing is selected. ``folder`` receives the curve, the weights, and a
-    checkpoint from which an interrupted or repeated call goes on; ValueError if another run made it.
+    ``folder`` receives the curve, the weights, and a checkpoint from which an interrupted or repeated call
+    goes on; ValueError if another run made it. ``options`` are :func:`mscke.fit.fit`'s.
     """
 
     @functools.cache
     def encoded(held: bool) -> tuple[Features, Features]:  # when first needed: a finished run is only read
         return encode_records(classifier, validation if held else train)
 
-    def loss(rows: Tensor) -> Tensor:
+    def loss(batch: Tensor, part: slice) -> Tensor:
         edits, queries = encoded(held=False)
-        own = (rows.unsqueeze(1) * 5 + torch.arange(5)).flatten()
-        return scope_loss(classifier, edits.select(rows), queries.select(own), weights, others)[0]
+        own = (batch[part].unsqueeze(1) * 5 + torch.arange(5)).flatten()
+        return scope_loss(classifier, edits.select(batch), queries.select(own), weights, others, part)[0]
 
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
@@ -105,7 +118,8 @@ def train_classifier(
         "records": digest(train), "frozen": fingerprint(classifier.encoder.model),
         "weights": list(weights), "others": others,
     }  # fmt: skip
-    return fit(classifier, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed, made_of)
+    run = (len(train), folder, epochs, lr, batch_size, seed, made_of)
+    return fit(classifier, loss, evaluate, *run, **options)
 
 
 def train_counterfactual(
@@ -117,97 +131,49 @@ def train_counterfactual(
     lr: float = 1.5e-3,
     batch_size: int = 64,
     seed: int = 0,
+    **options,
 ) -> pd.DataFrame:
-    """Train f_cfr on the edit prompt, its rephrasing and the in-scope question of each record."""
+    """Train f_cfr on the edit prompt, its rephrasing and the in-scope question of each record.
+
+    Returns the curve, resumes as :func:`mscke.fit.fit` says; ``options`` are its.
+    """
     roles = ROLES[:3]
 
     def examples(records: Sequence[EditRecord]):
         rows = [(r.queries[role], r.edit, r.answers[role]) for r in records for role in roles]
         return map(list, zip(*rows, strict=True))
 
-    def loss(rows: Tensor) -> Tensor:
-        return model.loss(*examples([train[i] for i in rows.tolist()]))
+    def share(records: Sequence[EditRecord], part: slice) -> Tensor:  # the loss is a mean over tokens
+        of_part = tokens(model.base, records[part], roles) / tokens(model.base, records, roles)
+        return model.loss(*examples(records[part])) * of_part
 
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
         queries, edits, answers = examples(validation)
         pairs = zip(model.answer(queries, edits), answers, strict=True)
-        right = torch.tensor([a == normalise_answer(b) for a, b in pairs])
-        return {f"right_{r}": float(v) for r, v in zip(roles, right.float().view(-1, 3).mean(0), strict=True)}
+        right = torch.tensor([a == normalise_answer(b) for a, b in pairs]).float().view(-1, len(roles))
+        return {f"right_{r}": float(v) for r, v in zip(roles, right.mean(0), strict=True)}
 
     made_of = {"records": digest(train), "frozen": model.base.eyes()}
-    return fit(model, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed, made_of)
+    run = (len(train), folder, epochs, lr, batch_size, seed, made_of)
+    held = functools.partial(held_loss, share, validation, batch_size)
+    return fit(model, of_rows(share, train), evaluate, *run, held, **options)
 
 
-def fit(
-    model: nn.Module,
-    loss: Callable[[Tensor], Tensor],
-    evaluate: Callable[[], dict[str, float]],
-    n: int,
-    folder: Path,
-    epochs: int,
-    lr: float,
-    batch_size: int,
-    seed: int,
-    made_of: dict,
-) -> pd.DataFrame:
-    """AdamW with one cosine cycle over (epochs × batches), a checkpoint every epoch.
-
-    The checkpoint is all that a run needs to go on, replaced in one piece; weights and curve beside it
-    are for others to read. ``made_of`` and the arguments after ``folder`` tell one run from another.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, rows = folder / "checkpoint.pt", []
-    made_of = made_of | {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
-    batches = -(-n // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, epochs * batches, pct_start=0.1)
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        if other := [k for k, v in made_of.items() if saved["made_of"].get(k) != v]:
-            raise ValueError(f"{folder} holds a run with other {', '.join(other)}: delete it to train anew")
-        model.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
-        schedule.load_state_dict(saved["schedule"])
-        rows = saved["rows"]
-        _publish(model, rows, folder)
-    if len(rows) == epochs:
-        model.eval()
-        return pd.DataFrame(rows)
-    bar = tqdm(total=epochs * batches, initial=len(rows) * batches, desc=folder.name, mininterval=2)
-    for epoch in range(len(rows), epochs):
-        model.train()
-        with torch.random.fork_rng():  # dropout repeats, and the caller's random numbers are left alone
-            torch.manual_seed(1000 * seed + epoch)
-            total = 0.0
-            for part in torch.randperm(n).split(batch_size):
-                value = loss(part)
-                optimiser.zero_grad(set_to_none=True)
-                value.backward()
-                nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimiser.step()
-                schedule.step()
-                total += value.item() * len(part)
-                bar.update()
-        model.eval()
-        rows.append({"epoch": epoch + 1, "loss": total / n} | evaluate())
-        bar.set_postfix({k: round(v, 3) for k, v in rows[-1].items()})
-        state = {
-            "made_of": made_of, "rows": rows, "model": model.state_dict(),
-            "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(),
-        }  # fmt: skip
-        write_whole(checkpoint, lambda p, state=state: torch.save(state, p))
-        _publish(model, rows, folder)
-    bar.close()
-    return pd.DataFrame(rows)
+def tokens(base: MLLM, records: Sequence[EditRecord], roles: Sequence[str]) -> int:
+    """How many tokens the records' answers in these roles have, their ends included."""
+    return sum(len(base.encoder.answer(r.answers[role])) for r in records for role in roles)
 
 
-def _publish(model: nn.Module, rows: list[dict], folder: Path) -> None:
-    """Write weights and curve for others to read."""
-    state = {k: v.clone() for k, v in model.state_dict().items()}  # tied ones too: safetensors shares nothing
-    write_whole(folder / "model.safetensors", lambda p: save_file(state, p))
-    write_whole(folder / "curve.csv", lambda p: pd.DataFrame(rows).to_csv(p, index=False))
+def of_rows(share: Share, records: Sequence[EditRecord]) -> Callable[[Tensor, slice], Tensor]:
+    """The loss as :func:`mscke.fit.fit` asks for it, by the rows of ``records``."""
+    return lambda batch, part: share([records[i] for i in batch.tolist()], part)
+
+
+@torch.inference_mode()
+def held_loss(share: Share, records: Sequence[EditRecord], batch_size: int) -> float:
+    """The loss of held-out records, batch by batch: what early stopping watches."""
+    return sum(float(share(records, part)) for part in in_batches(len(records), batch_size))
 
 
 def digest(records: Sequence[EditRecord]) -> str:
@@ -217,11 +183,3 @@ def digest(records: Sequence[EditRecord]) -> str:
         for r in records
     ]
     return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """``write`` to a temporary file that then takes ``path``'s place: nothing is ever half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)

@@ -1,5 +1,8 @@
-"""Independent work in processes of one thread each: two small models train faster beside each other
-than one after the other on two threads, and give the same bytes however many there are."""
+"""Work in several processes: our own on a plain CPU, or those that ``accelerate launch`` started.
+
+Our own have one thread each: two small models train faster beside each other than one after the other on
+two threads, and give the same bytes however many there are.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,15 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
+
+PATIENCE = timedelta(hours=6)  # that processes wait for one that works alone
 
 
 def one_thread() -> None:
@@ -20,12 +29,48 @@ def one_thread() -> None:
     torch.set_flush_denormal(True)
 
 
+def processes() -> PartialState:
+    """The processes that ``accelerate launch`` started, this one among them; without it this one alone."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    return PartialState(cpu=cpu, timeout=PATIENCE)
+
+
+def accelerated(accumulate: int, precision: str | None) -> Accelerator:
+    """What joins :func:`processes` in a training. It leaves a model on the device that it is on.
+
+    Raises ValueError for what is not supported: fp16, and parameters sharded by FSDP, DeepSpeed or Megatron.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+
+    processes()
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a fusion need not use them all
+    found = Accelerator(
+        device_placement=False, mixed_precision=precision, gradient_accumulation_steps=accumulate,
+        kwargs_handlers=[unused],
+    )  # fmt: skip
+    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if found.distributed_type in sharded or found.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"training under {found.distributed_type.value} in {found.mixed_precision} is not supported: "
+            "launch with --multi_gpu and --mixed_precision no or bf16"
+        )
+    return found
+
+
 def in_processes(function: Callable, items: Iterable[tuple], workers: int = 2, desc: str = "") -> list[Any]:
     """``[function(*item) for item in items]``, ``workers`` at a time, in the items' order.
 
     ``function`` must be importable by name. The first error stops what has not begun and is raised here.
+    On a GPU, and where ``accelerate launch`` started several processes, the items are done one after the
+    other: all processes share each of them.
     """
     items = list(items)
+    if processes().num_processes > 1 or processes().device.type != "cpu":
+        return [function(*item) for item in items]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, os.cpu_count() or 1), context, one_thread) as pool:
         futures = [pool.submit(function, *item) for item in items]

@@ -1,7 +1,12 @@
-"""Trained editors of a track, by the names that tables call them. Training happens once and is resumed."""
+"""Trained editors of a track, by the names that tables call them. Training happens once and is resumed.
+
+``python -m mscke.editors.build --track …`` trains all of them two at a time; started by ``accelerate launch``,
+one after the other, each on all processes.
+"""
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 
 import pandas as pd
@@ -22,7 +27,7 @@ from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
 from mscke.models.sources import load_mllm, make_counterfactual
 from mscke.training import train_counterfactual, write_whole
-from mscke.workers import in_processes
+from mscke.workers import in_processes, one_thread, processes
 
 SCOPED = {  # the methods with a scope classifier of their own
     "SERAC": Spec("text", encoder=SENTENCES, supervision="released"),
@@ -79,6 +84,8 @@ def train_one(track_name: str, method: str, backbone: str | None = None) -> None
 
 def train(track: Track) -> None:
     """Train all that the main table needs, ``track.workers`` at a time; what is finished already is left."""
+    with processes().main_process_first():
+        load_benchmark(track)
     jobs = [(track.name, method, b) for method in ("MEND", "IKE", "counterfactual") for b in track.backbones]
     jobs += [(track.name, method) for method in SCOPED]
     in_processes(train_one, jobs, track.workers, "trainings")
@@ -102,10 +109,11 @@ def ike_choices(track: Track, bench: Benchmark, backbone: str | MLLM) -> pd.Data
     """How IKE does on validation records by its number k of demonstrations, in shares; measured once."""
     base = load_base(track, backbone) if isinstance(backbone, str) else backbone
     path = track.outputs / "trained" / f"ike-{base.name}-{fingerprint(base.model)[:8]}" / "validation.csv"
-    if not path.exists():
-        held = bench.validation[: track.ike_records]
-        _, table = choose_k(base, bench.train, MiniLMEncoder(track.features), held)
-        write_whole(path, lambda p: table.to_csv(p, index=False))
+    with processes().main_process_first():
+        if not path.exists():
+            held = bench.validation[: track.ike_records]
+            _, table = choose_k(base, bench.train, MiniLMEncoder(track.features), held)
+            write_whole(path, lambda p: table.to_csv(p, index=False))
     return pd.read_csv(path)
 
 
@@ -139,3 +147,19 @@ def editor(track: Track, bench: Benchmark, base: MLLM, method: str) -> Editor:
         return answerer(track, bench, base, "MEND")
     scope = classifier(track, "MSCKE" if method == "MSCKE-MEND" else method)[0]
     return MSCKE(base, answerer(track, bench, base, IN_SCOPE[method]), scope, method)
+
+
+def trained_track(about: str) -> Track:
+    """The track that the command line names, with all of it trained: a command's first step."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--track", help="its name; unless told what MSCKE_TRACK says, or mini")
+    track = get_track(parser.parse_args().track)
+    if processes().device.type == "cpu":
+        one_thread()
+    train(track)
+    return track
+
+
+if __name__ == "__main__":
+    trained_track(__doc__)
+    processes().destroy_process_group()

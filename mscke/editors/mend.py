@@ -7,6 +7,7 @@ maps each pair (u_t, δ_t) to another; the update is −α Σ_t δ̃_t ũ_tᵀ. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -18,9 +19,10 @@ from tqdm import tqdm
 
 from mscke.benchmark.sample import Edit, EditRecord, Query
 from mscke.editors.deltas import DeltaModel, Deltas, Dense, LowRank, Stages, applied, gradient, matrices, read
+from mscke.fit import fit
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM, Forced, normalise_answer
-from mscke.training import IN_ROLES, ROLES, digest, fit
+from mscke.training import IN_ROLES, ROLES, digest, held_loss, of_rows, tokens
 
 TRAINED = ("reliability", "in_scope", "out_of_scope", "locality")  # of a record's queries, those that train
 MEASURED = 256  # train edits, at most, whose gradients give the pairs' mean and standard deviation
@@ -181,13 +183,16 @@ def train_mend(
     seed: int = 0,
     c_edit: float = 1.0,
     c_loc: float = 1.0,
+    **options,
 ) -> pd.DataFrame:
-    """Train MEND's networks in place; returns the curve, resumes as :func:`mscke.training.fit` says."""
+    """Train MEND's networks in place; returns the curve, resumes as :func:`mscke.fit.fit` says."""
     measured = min(MEASURED, mend.base.batch_size // 2)  # all in one batch
     mend.networks.measure(mend.gradients([r.edit for r in train[:measured]]))
 
-    def loss(rows: Tensor) -> Tensor:
-        return mend_loss(mend, [train[i] for i in rows.tolist()], c_edit, c_loc)
+    def share(records: Sequence[EditRecord], part: slice) -> Tensor:  # means over records, and over tokens
+        some, kept = records[part], ROLES[3:]
+        of_tokens = tokens(mend.base, some, kept) / tokens(mend.base, records, kept)
+        return mend_loss(mend, some, c_edit * (len(some) / len(records)), c_loc * of_tokens)
 
     def evaluate() -> dict[str, float]:
         rows = [(r.queries[role], r.edit, r.answers[role]) for r in validation for role in ROLES]
@@ -199,4 +204,8 @@ def train_mend(
 
     frozen = fingerprint(mend.base.model)
     made_of = {"records": digest(train), "frozen": frozen, "c_edit": c_edit, "c_loc": c_loc}
-    return fit(mend.networks, loss, evaluate, len(train), folder, epochs, lr, batch_size, seed, made_of)
+    run, held = (
+        (folder, epochs, lr, batch_size, seed, made_of),
+        partial(held_loss, share, validation, batch_size),
+    )
+    return fit(mend.networks, of_rows(share, train), evaluate, len(train), *run, held, **options)

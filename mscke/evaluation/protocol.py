@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import gather_object
 
 from mscke.benchmark.sample import EditRecord
+from mscke.checkpoint import write_whole
 from mscke.editors.base import EditedModel, Editor
 from mscke.evaluation.metrics import (
     CHANGES,
@@ -21,7 +22,8 @@ from mscke.evaluation.metrics import (
     token_accuracy,
     unchanged_share,
 )
-from mscke.models.mllm import MLLM
+from mscke.models.mllm import MLLM, in_batches
+from mscke.workers import processes
 
 COLUMNS = "track backbone method protocol record metric value question expected answer".split()
 
@@ -47,6 +49,28 @@ def evaluate(
 def named(rows: pd.DataFrame, track: str, backbone: str, method: str) -> pd.DataFrame:
     """``rows`` of one method with the columns that say whose they are, in the order of :data:`COLUMNS`."""
     return rows.assign(track=track, backbone=backbone, method=method)[COLUMNS]
+
+
+def evaluate_shared(
+    editor: Editor, base: MLLM, records: Sequence[EditRecord], track: str, at_once: int | None = None
+) -> pd.DataFrame:
+    """The rows of :func:`evaluate`, each record edited alone, by :func:`shared`."""
+    return shared(lambda part: evaluate(editor, base, part, track), records, at_once)
+
+
+def shared(
+    ask: Callable[[Sequence[EditRecord]], pd.DataFrame],
+    records: Sequence[EditRecord],
+    at_once: int | None = None,
+) -> pd.DataFrame:
+    """The rows of ``ask(records)``: every process gets all of them, and computes those of its share of the records.
+
+    ``at_once`` records are asked about together, all of them unless told: fewer need less memory.
+    """
+    with processes().split_between_processes(list(records)) as mine:
+        frames = [ask(mine[part]) for part in in_batches(len(mine), at_once or len(mine) or 1)]
+    rows = pd.concat(gather_object(frames), ignore_index=True)
+    return rows.sort_values("protocol", kind="stable", ignore_index=True)  # as one process has them
 
 
 def _queries(records: Sequence[EditRecord]) -> tuple[list, list[str], pd.DataFrame]:
@@ -97,7 +121,4 @@ def _named(frame: pd.DataFrame) -> pd.DataFrame:
 
 def save_rows(rows: pd.DataFrame, path: Path) -> None:
     """Store per-record rows as parquet, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    rows.to_parquet(temporary, index=False, compression="zstd")
-    os.replace(temporary, path)
+    write_whole(path, lambda p: rows.to_parquet(p, index=False, compression="zstd"))

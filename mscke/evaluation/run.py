@@ -1,4 +1,8 @@
-"""The main results as stage outputs: each method's rows are computed once and kept, backbones side by side."""
+"""The main results as stage outputs: each method's rows are computed once and kept.
+
+On a plain CPU the backbones are evaluated side by side. ``accelerate launch -m mscke.evaluation.run --track …``
+shares out the records instead; both train first what is not trained yet, and give the same rows.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,9 @@ from mscke.benchmark import Benchmark, load_benchmark
 from mscke.config import ASSETS, ROOT, Track, get_track
 from mscke.editors import build
 from mscke.evaluation.outcomes import PROTOCOLS, Outcomes, ask_all, own_scores
-from mscke.evaluation.protocol import evaluate, named, save_rows
+from mscke.evaluation.protocol import evaluate_shared, named, save_rows, shared
 from mscke.models.mllm import MLLM
-from mscke.workers import in_processes
+from mscke.workers import in_processes, processes
 
 ABOVE = ("report",)  # what rows do not depend on
 
@@ -51,7 +55,7 @@ def _rows(track: Track, bench: Benchmark, base: MLLM, method: str, key: str) -> 
     elif method == "MEND":  # MSCKE-MEND's answers in scope
         rows = both_ways(track, bench, base, method, key).taken
     else:
-        return evaluate(build.editor(track, bench, base, method), base, bench.test, track.name)
+        return evaluate_shared(build.editor(track, bench, base, method), base, bench.test, track.name)
     return named(rows, track.name, base.name, method)
 
 
@@ -64,7 +68,7 @@ def both_ways(track: Track, bench: Benchmark, base: MLLM, answerer: str, key: st
 
     def ask(who: str) -> pd.DataFrame:
         in_scope = None if who == "nobody" else build.answerer(track, bench, base, who)
-        return ask_all(base, in_scope, bench.test, tuple(PROTOCOLS))
+        return shared(lambda part: ask_all(base, in_scope, part, tuple(PROTOCOLS)), bench.test)
 
     sides = (
         _kept(folder / f"taken by {who}.parquet", lambda who=who: ask(who)) for who in ("nobody", answerer)
@@ -79,7 +83,10 @@ def rows_folder(track: Track, base: MLLM, key: str) -> Path:
 
 def _kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     if not path.exists():
-        save_rows(make(), path)
+        rows = make()
+        if processes().is_main_process:
+            save_rows(rows, path)
+        processes().wait_for_everyone()
     return pd.read_parquet(path)
 
 
@@ -89,3 +96,11 @@ def run_track(track: Track) -> pd.DataFrame:
     folders = in_processes(run_backbone, [(track.name, b, key) for b in track.backbones], desc="backbones")
     files = [folder / f"{method}.parquet" for folder in folders for method in build.METHODS]
     return pd.concat([pd.read_parquet(path) for path in files], ignore_index=True)
+
+
+if __name__ == "__main__":
+    rows = run_track(build.trained_track(__doc__))
+    if processes().is_main_process:
+        means = rows.groupby(["backbone", "protocol", "method", "metric"], sort=False)["value"].mean()
+        print((100 * means).unstack().round(2).to_string())
+    processes().destroy_process_group()
