@@ -19,6 +19,7 @@ endif
 
 # What each notebook is, and the modules it uses: a change to a figure does not retrain a model.
 NOTEBOOKS := 01_data 02_training 03_main_results 04_ablation 05_transfer 06_cost
+TRAINS    := 01_data 02_training
 ABOUT.01_data         := builds FGVEdit-Scenes and looks at it
 ABOUT.02_training     := trains the scope classifier and the editors that learn
 ABOUT.03_main_results := runs every editor on the test records and makes the paper's main tables
@@ -41,7 +42,8 @@ PAPERMILL := $(PYTHON) -m papermill -k python3 --cwd notebooks --no-progress-bar
 # On mini every output is compared but plots and timings (tagged nbval-ignore-output); on smoke, only those
 # that cannot depend on size (tagged nbval-check-output).
 NBVAL     := TQDM_DISABLE=1 $(PYTHON) -m pytest --nbval-current-env --nbval-cell-timeout 3600 \
-             --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+             --nbval-sanitize-with tests/nbval_sanitize.cfg
+TWO       := -n 2 --dist loadfile # two files at a time
 
 # The mini track downloads nothing. Progress goes to the terminal; clean.py keeps it out of the notebooks.
 reproduce smoke paper: export TQDM_MININTERVAL := 10
@@ -78,7 +80,7 @@ reproduce: $(NOTEBOOKS:%=$(STAMPS)/%) ## run the notebooks on the mini track, ke
 	@echo "== the paper's numbers, the committed and the regenerated ones"
 	MSCKE_TRACK=mini $(PYTHON) -m mscke.report.verify
 	@echo "== nbval: the notebooks' checked outputs, two notebooks at a time"
-	MSCKE_TRACK=mini $(NBVAL) --nbval -n 2 --dist loadfile
+	MSCKE_TRACK=mini $(NBVAL) --nbval $(TWO) notebooks
 
 # One stamp a notebook: an interrupted `make reproduce` goes on where it was.
 $(STAMPS)/01_data $(PAPER_STAMPS)/01_data: $(BENCHMARK) $(REPORT) mscke/editors/serac.py
@@ -100,9 +102,10 @@ $(NOTEBOOKS:%=$(STAMPS)/%): $(STAMPS)/%: notebooks/%.ipynb | $(ENV)
 	touch $@
 
 test: $(ENV) ## run the tests, then the notebooks under nbval on a few dozen records
-	$(PYTHON) -m pytest tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(TWO) tests
 	@echo "== nbval: $(NOTEBOOKS) on the smoke track"
-	MSCKE_TRACK=smoke $(NBVAL) --nbval-lax
+	MSCKE_TRACK=smoke $(NBVAL) --nbval-lax $(TRAINS:%=notebooks/%.ipynb)
+	MSCKE_TRACK=smoke $(NBVAL) --nbval-lax $(TWO) $(patsubst %,notebooks/%.ipynb,$(filter-out $(TRAINS),$(NOTEBOOKS)))
 	@echo "== the paper track, from nothing, on tiny models and data"
 	rm -rf outputs/paper-tiny
 	$(MAKE) paper PRESET=tiny

@@ -19,7 +19,7 @@ from torch import Tensor
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """``write`` to a temporary file that then takes ``path``'s place: nothing is ever half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: two may write the same
     write(temporary)
     os.replace(temporary, path)
 
