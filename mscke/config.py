@@ -27,6 +27,7 @@ class Track:
     validation: float = 0.1  # share of train
     seed: int = 0
     fetched: bool = False  # data and models come through mscke.benchmark.fetch; nothing is generated
+    tiny: bool = False  # they come from folders that mscke.models.tiny has written, not from the user's
     counterfactuals: dict[str, str] = field(default_factory=dict)  # backbone -> source; fresh layers if none
     recipes: dict[str, dict] = field(
         default_factory=dict
@@ -65,17 +66,16 @@ class Track:
 
     @property
     def sources(self) -> dict[str, Path | None]:
-        """The user's own folders that fetching reads first: MSCKE_DATA and MSCKE_MODELS, or the tiny ones."""
-        tiny = {name: self.outputs / "sources" / name for name in ("data", "models")}
-        own = {name: os.environ.get(f"MSCKE_{name.upper()}") for name in tiny}
-        if self.name == "paper-tiny":
-            return tiny
+        """Local folders that fetching reads first: those that MSCKE_DATA and MSCKE_MODELS name, or the tiny ones."""
+        if self.tiny:
+            return {name: self.outputs / "sources" / name for name in ("data", "models")}
+        own = {name: os.environ.get(f"MSCKE_{name.upper()}") for name in ("data", "models")}
         return {name: Path(path).expanduser() if path else None for name, path in own.items()}
 
     @property
     def lock(self) -> Path:
         """What was fetched, by revision and SHA-256: to be committed for ``paper``."""
-        return (self.outputs if self.name == "paper-tiny" else ROOT) / "paper.lock.json"
+        return (self.outputs if self.tiny else ROOT) / "paper.lock.json"
 
     @property
     def outputs(self) -> Path:
@@ -152,7 +152,7 @@ TRACKS = {
     # the same through the same doors, on models and data of mscke.models.tiny
     "paper-tiny": Track(
         "paper-tiny", 48, 16, **_PAPER | {"workers": 2}, classifier_epochs=1, counterfactual_epochs=1, mend_epochs=1,
-        recipes={"mend": {"rank": 8}}, ike_records=4, batch_size=64, edits_at_once=4,
+        recipes={"mend": {"rank": 8}}, tiny=True, ike_records=4, batch_size=64, edits_at_once=4,
     ),
 }  # fmt: skip
 
