@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ class Track:
     @property
     def data(self) -> Path:
         """The benchmark: ``train_data.json``, ``test_data.json`` and the images they name."""
-        return self.outputs / "data"
+        return self.store / "data"
 
     @property
     def benchmark(self) -> str:
@@ -62,7 +62,19 @@ class Track:
     @property
     def models(self) -> Path:
         """Models that are composed of fetched ones."""
-        return self.outputs / "models"
+        return self.store / "models"
+
+    @property
+    def store(self) -> Path:
+        """Where data and composed models lie; tracks that fetch the same share it."""
+        return ROOT / "outputs" / "paper" if self.fetched and not self.tiny else self.outputs
+
+    @property
+    def fetches(self) -> set[str]:
+        """The hub's repositories that the sources name (:mod:`mscke.models.sources`)."""
+        named = [*self.backbones.values(), *self.clips.values(), *self.counterfactuals.values()]
+        known = [source.partition(":") for source in named]
+        return {repo for kind, _, what in known if kind in ("hub", "minigpt4") for repo in what.split("+")}
 
     @property
     def sources(self) -> dict[str, Path | None]:
@@ -155,6 +167,11 @@ TRACKS = {
         recipes={"mend": {"rank": 8}}, tiny=True, ike_records=4, batch_size=64, edits_at_once=4,
     ),
 }  # fmt: skip
+# BLIP-2 alone: for one GPU of 24 GB
+TRACKS["paper-blip2"] = replace(
+    TRACKS["paper"], name="paper-blip2", backbones={"BLIP-2 OPT": _PAPER["backbones"]["BLIP-2 OPT"]},
+    counterfactuals={"BLIP-2 OPT": "hub:facebook/opt-125m"},
+)  # fmt: skip
 
 
 def get_track(name: str | None = None) -> Track:

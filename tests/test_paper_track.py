@@ -88,11 +88,15 @@ def test_base_models_see_at_the_papers_size(base, bench, capsys):
     assert len(answers) == 2 and all(isinstance(a, str) for a in answers)
 
 
-def test_memory_is_said_before_anything_is_loaded(track, bench, monkeypatch, capsys):
+def test_a_model_in_use_is_not_loaded_twice(track, base):
+    assert sources.load_mllm(track, base.name) is base
+
+
+def test_memory_is_said_before_anything_is_loaded(track, bench, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(MLLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setattr(sources, "memory_needed", lambda *_: 7 * 10**9)
     with pytest.raises(pytest.fail.Exception):
-        sources.load_mllm(track, "BLIP-2 OPT")
+        sources.load_mllm(track, "BLIP-2 OPT", cache=tmp_path)
     assert "BLIP-2 OPT: 7.00 GB of weights on cpu" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (6 * 10**9, 24 * 10**9))
@@ -253,9 +257,10 @@ def test_a_cut_projection_leaves_no_model_behind(track, bench, spoilt):
 
 def test_the_real_track_needs_what_fetching_brings():
     paper = TRACKS["paper"]
-    named = [*paper.backbones.values(), *paper.clips.values(), *paper.counterfactuals.values()]
-    repositories = {r for s in named if not s.startswith("last:") for r in s.partition(":")[2].split("+")}
-    assert repositories == set(hub.MODELS)
+    assert paper.fetches == set(hub.MODELS)
+    blip2 = TRACKS["paper-blip2"]
+    assert blip2.fetches < paper.fetches and not any("vicuna" in repo for repo in blip2.fetches)
+    assert (blip2.data, blip2.lock) == (paper.data, paper.lock) and blip2.figures != paper.figures
     assert (paper.n_train, paper.n_test) == (8334, 2778) and paper.lock == ROOT / "paper.lock.json"
     assert paper.recipe("counterfactual", "MiniGPT-4") == {"lr": 1e-5, "batch_size": 1, "epochs": 3}
 
