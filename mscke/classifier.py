@@ -113,7 +113,12 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
     @torch.inference_mode()
     def embed(self, queries: Sequence[Query], answers: Sequence[str] | None = None) -> Tensor:
         """z (B, width) of queries, or of edits when their ``answers`` are given."""
-        return self(self.encoder(queries, answers)).cpu()
+        return self.embed_features(self.encoder(queries, answers))
+
+    @torch.inference_mode()
+    def embed_features(self, f: Features) -> Tensor:
+        """z (B, width) of encoded pairs, on the CPU."""
+        return torch.cat([self(part).cpu() for part in f.parts()])
 
     @torch.inference_mode()
     def similarity(self, a: Tensor, b: Tensor) -> Tensor:

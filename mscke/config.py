@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +27,7 @@ class Track:
     validation: float = 0.1  # share of train
     seed: int = 0
     fetched: bool = False  # data and models come through mscke.benchmark.fetch; nothing is generated
+    tiny: bool = False  # they come from folders that mscke.models.tiny has written, not from the user's
     counterfactuals: dict[str, str] = field(default_factory=dict)  # backbone -> source; fresh layers if none
     recipes: dict[str, dict] = field(
         default_factory=dict
@@ -46,7 +47,7 @@ class Track:
     @property
     def data(self) -> Path:
         """The benchmark: ``train_data.json``, ``test_data.json`` and the images they name."""
-        return self.outputs / "data"
+        return self.store / "data"
 
     @property
     def benchmark(self) -> str:
@@ -61,21 +62,32 @@ class Track:
     @property
     def models(self) -> Path:
         """Models that are composed of fetched ones."""
-        return self.outputs / "models"
+        return self.store / "models"
+
+    @property
+    def store(self) -> Path:
+        """Where data and composed models lie; tracks that fetch the same share it."""
+        return ROOT / "outputs" / "paper" if self.fetched and not self.tiny else self.outputs
+
+    @property
+    def fetches(self) -> set[str]:
+        """The hub's repositories that the sources name (:mod:`mscke.models.sources`)."""
+        named = [*self.backbones.values(), *self.clips.values(), *self.counterfactuals.values()]
+        known = [source.partition(":") for source in named]
+        return {repo for kind, _, what in known if kind in ("hub", "minigpt4") for repo in what.split("+")}
 
     @property
     def sources(self) -> dict[str, Path | None]:
-        """The user's own folders that fetching reads first: MSCKE_DATA and MSCKE_MODELS, or the tiny ones."""
-        tiny = {name: self.outputs / "sources" / name for name in ("data", "models")}
-        own = {name: os.environ.get(f"MSCKE_{name.upper()}") for name in tiny}
-        if self.name == "paper-tiny":
-            return tiny
+        """Local folders that fetching reads first: those that MSCKE_DATA and MSCKE_MODELS name, or the tiny ones."""
+        if self.tiny:
+            return {name: self.outputs / "sources" / name for name in ("data", "models")}
+        own = {name: os.environ.get(f"MSCKE_{name.upper()}") for name in ("data", "models")}
         return {name: Path(path).expanduser() if path else None for name, path in own.items()}
 
     @property
     def lock(self) -> Path:
         """What was fetched, by revision and SHA-256: to be committed for ``paper``."""
-        return (self.outputs if self.name == "paper-tiny" else ROOT) / "paper.lock.json"
+        return (self.outputs if self.tiny else ROOT) / "paper.lock.json"
 
     @property
     def outputs(self) -> Path:
@@ -152,9 +164,14 @@ TRACKS = {
     # the same through the same doors, on models and data of mscke.models.tiny
     "paper-tiny": Track(
         "paper-tiny", 48, 16, **_PAPER | {"workers": 2}, classifier_epochs=1, counterfactual_epochs=1, mend_epochs=1,
-        recipes={"mend": {"rank": 8}}, ike_records=4, batch_size=64, edits_at_once=4,
+        recipes={"mend": {"rank": 8}}, tiny=True, ike_records=4, batch_size=64, edits_at_once=4,
     ),
 }  # fmt: skip
+# BLIP-2 alone: for one GPU of 24 GB
+TRACKS["paper-blip2"] = replace(
+    TRACKS["paper"], name="paper-blip2", backbones={"BLIP-2 OPT": _PAPER["backbones"]["BLIP-2 OPT"]},
+    counterfactuals={"BLIP-2 OPT": "hub:facebook/opt-125m"},
+)  # fmt: skip
 
 
 def get_track(name: str | None = None) -> Track:

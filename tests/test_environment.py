@@ -41,6 +41,13 @@ def test_conda_and_pip_ask_for_the_same_ranges(project):
     assert ranges([line for line in conda if line not in ("python=3.11", "pip")] + pip) == project
 
 
+def test_what_the_paper_track_adds_is_optional_and_named(locked):
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["paper"]
+    assert not ranges(extra).keys() & locked.keys()
+    for text in ("environment.yml", "README.md"):
+        assert all(name in (ROOT / text).read_text() for name in ranges(extra)), text
+
+
 def test_lock_pins_exact_releases(locked):
     for name, pin in locked.items():
         assert re.fullmatch(r"==[^,*]+", str(pin)), f"{name}{pin}"

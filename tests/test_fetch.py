@@ -490,9 +490,10 @@ def test_options_come_from_the_environment(tmp_path, monkeypatch):
 
 def test_the_command_fetches_everything_or_says_what_is_missing(online, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fetch, "MINIGPT4", f"{online.url}/drive")
-    monkeypatch.setattr(hub, "MODELS", {EYES: hub.MODELS[EYES]})
     monkeypatch.setattr(fetch, "open_store", lambda *_: a_store(tmp_path, online))
-    small = dataclasses.replace(TRACKS["paper"], n_train=SIZES["train"], n_test=SIZES["test"])
+    sources = {"backbones": {"MiniGPT-4": f"minigpt4:{EYES}+{EYES}"}, "clips": {}, "counterfactuals": {}}
+    sizes = {f"n_{split}": size for split, size in SIZES.items()}
+    small = dataclasses.replace(TRACKS["paper"], **sources, **sizes)
     monkeypatch.setitem(TRACKS, "paper", small)
     assert fetch.main([]) == 1 and f"{EYES} cannot be fetched" in capsys.readouterr().err
     online.publish(EYES, SHARDED)

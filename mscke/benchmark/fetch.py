@@ -158,9 +158,10 @@ def main(arguments: list[str] | None = None) -> int:
         store = open_store(options.data, options.models, track)
         store.benchmark(track.sizes)
         print("FGVEdit and its images:", store.folder)
-        for repo in hub.MODELS:
+        for repo in sorted(track.fetches):
             print(f"{repo}:", store.model(repo))
-        print("MiniGPT-4's projection:", store.minigpt4())
+        if any(source.startswith("minigpt4:") for source in track.backbones.values()):
+            print("MiniGPT-4's projection:", store.minigpt4())
     except (FetchError, RecordError) as error:
         print(error, file=sys.stderr)
         return 1

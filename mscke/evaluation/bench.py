@@ -74,8 +74,11 @@ def encoding(
     clip = encoder.model
 
     def embed(n: int) -> Tensor:
-        encoder.texts = FeatureTable(lambda keys: (clip.encode_text(torch.stack([tokens[k] for k in keys])),))
-        encoder.images = FeatureTable(lambda keys: clip.visual(torch.stack([pixels[k] for k in keys])))
+        stack = lambda known, keys: torch.stack([known[k] for k in keys]).to(encoder.device)  # noqa: E731
+        encoder.texts = FeatureTable(lambda keys: (clip.encode_text(stack(tokens, keys)),))
+        encoder.images = FeatureTable(
+            lambda keys: clip.visual(stack(pixels, keys)), dtype=encoder.images.dtype
+        )
         return classifier(encoder(queries[:n], answers and answers[:n]))
 
     return embed
@@ -165,10 +168,13 @@ def evaluation(editor: MSCKE, base: MLLM, records: Sequence[EditRecord], track: 
 
 def forgetful(editor: MSCKE, base: MLLM) -> tuple[MSCKE, MLLM]:
     """The editor and its base model as if just loaded: the same weights, nothing encoded or answered yet."""
-    fresh = MLLM(base.model, base.tokenizer, base.name)
+    fresh = MLLM(
+        base.model, base.tokenizer, base.name, image_size=base.image_size, batch_size=base.batch_size
+    )
     in_scope, classifier = copy.copy(editor.in_scope).attach(fresh), copy.copy(editor.classifier)
     encoder = copy.copy(classifier.encoder)
-    encoder.texts, encoder.images = FeatureTable(encoder.texts.compute), ImageTable(encoder.images.compute)
+    encoder.texts = FeatureTable(encoder.texts.compute)
+    encoder.images = ImageTable(encoder.images.compute, dtype=encoder.images.dtype)
     object.__setattr__(classifier, "encoder", encoder)  # as the classifier itself does
     return MSCKE(fresh, in_scope, classifier, editor.name, editor.threshold), fresh
 

@@ -96,8 +96,9 @@ def own_scores(
 ) -> np.ndarray:
     """ρ (R, 5) of every record's queries against its own edit; ``asked`` gives the queries, if not they."""
     edits, (_, queries) = encode_records(classifier, records)[0], encode_records(classifier, asked or records)
-    z = classifier(queries).unflatten(0, (len(records), len(ROLES)))
-    return classifier.score((classifier(edits).unsqueeze(1) - z).square().sum(-1)).numpy()
+    z = classifier.embed_features(queries).unflatten(0, (len(records), len(ROLES)))
+    z_edit = classifier.embed_features(edits).unsqueeze(1)
+    return classifier.score((z_edit - z).square().sum(-1)).numpy()
 
 
 def with_images(records: Sequence[EditRecord], image: Mapping[str, str]) -> list[EditRecord]:

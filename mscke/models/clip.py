@@ -34,6 +34,11 @@ class Features:
     def select(self, rows: Tensor) -> Features:
         return replace(self, text=self.text[rows], image=self.image[rows], cosine=self.cosine[rows])
 
+    def parts(self) -> list[Features]:
+        """To be computed one after the other: all pairs, or 1,024 at a time of those in half precision."""
+        rows = torch.arange(len(self.text)).split(1024)
+        return [self] if self.tokens.dtype == torch.float32 else [self.select(part) for part in rows]
+
     def to(self, device: torch.device) -> Features:
         """In float32 on ``device``, with the images of these pairs alone."""
         if device.type == "cpu" and self.tokens.dtype == torch.float32:
@@ -95,8 +100,7 @@ class ClipEncoder:
         image = torch.tensor([place.get(q.image, -1) for q in queries])
         pooled, tokens = self.images.columns if self.half else (c[rows] for c in self.images.columns)
         found = Features(text, image, pooled, tokens, torch.zeros(len(text), 1))
-        parts = torch.arange(len(text)).split(1024 if self.half else len(text))
-        return replace(found, cosine=torch.cat([self._point(found.select(part)) for part in parts]))
+        return replace(found, cosine=torch.cat([self._point(part) for part in found.parts()]))
 
     def _point(self, f: Features) -> Tensor:
         """Cosine of each text with its image's patches."""

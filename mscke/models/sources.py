@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig
@@ -20,6 +21,7 @@ from mscke.models.compose import compose_minigpt4, memory_needed
 from mscke.models.counterfactual import CounterfactualModel, LastLayers
 from mscke.models.mllm import MLLM
 
+_HELD: WeakValueDictionary[tuple, MLLM] = WeakValueDictionary()  # what is in use is not loaded twice
 UNROUNDED = ("vision_model", "qformer", "language_projection", "language_model.lm_head")  # never in 8 bits
 
 
@@ -49,9 +51,11 @@ def device_of(track: Track) -> torch.device:
 def load_mllm(track: Track, backbone: str, cache: Path | None = None) -> MLLM:
     """The frozen base model ``backbone``: bfloat16 on a GPU, float32 on a CPU.
 
-    Where models are fetched, what its weights take is said before they are loaded. Raises MemoryError
-    if the GPU has not that much left.
+    Where models are fetched, what its weights take is said before they are loaded, and they are loaded once
+    as long as anyone holds them. Raises MemoryError if the GPU has not that much left.
     """
+    if held := _HELD.get((track.name, backbone, cache)):
+        return held
     folder, device = find(track, track.backbones[backbone]), device_of(track)
     options = {"image_size": track.image_size, "batch_size": track.batch_size}
     options["dtype"] = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -62,7 +66,10 @@ def load_mllm(track: Track, backbone: str, cache: Path | None = None) -> MLLM:
         check_memory(backbone, memory_needed(config, options["dtype"]), device, track.eight_bit)
         if track.eight_bit and device.type == "cuda":
             options["quantization_config"] = eight_bit(config)
-    return MLLM.from_pretrained(folder, backbone, cache, **options)
+    mllm = MLLM.from_pretrained(folder, backbone, cache, **options)
+    if track.fetched:
+        _HELD[track.name, backbone, cache] = mllm
+    return mllm
 
 
 def check_memory(name: str, needed: int, device: torch.device, rounded: bool) -> None:
