@@ -12,7 +12,8 @@ that does falls as the threshold rises, so there is one that keeps it at or belo
 thresholds are tested from the strictest down, for as long as the exact binomial upper bound of the leak rate
 (Clopper and Pearson, 1934) stays at or below α. Leaks being monotone, this fixes how many of the
 calibration scores may reach the threshold, which lies just above the next highest. Over the draw of the
-calibration scores, P(leak rate ≤ α) ≥ 1 − δ.
+calibration scores, P(leak rate ≤ α) ≥ 1 − δ. The rate is that of endless use: of the next m questions the
+share that leaks varies about it, and with ``asked=m`` the same is guaranteed of that share, too.
 
 *Beside it* stands conformal risk control (Angelopoulos et al., arXiv 2208.02814): the leak rate is at most α
 on average over calibration sets, and so above α for many of them.
@@ -27,7 +28,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import beta
+from scipy.stats import beta, betabinom
 
 DELTA = 0.05
 
@@ -36,7 +37,7 @@ DELTA = 0.05
 class Guarantee:
     """With confidence 1 − ``delta`` at most a share ``alpha`` of out-of-scope questions has ρ ≥ ``threshold``.
 
-    ``leaks`` of the ``n`` calibration questions have. Where these are too few the threshold is infinite:
+    So many of all questions to come and, unless ``asked`` is None, of the next ``asked``. ``leaks`` of the ``n`` calibration questions have. Where these are too few the threshold is infinite:
     no question is in scope, so none leaks.
     """
 
@@ -45,6 +46,7 @@ class Guarantee:
     threshold: float
     leaks: int
     n: int
+    asked: int | None = None
 
     @property
     def attainable(self) -> bool:
@@ -55,15 +57,15 @@ class Guarantee:
         if self.attainable:
             seen = f"{self.leaks} of {self.n:,} calibration questions do"
             return f"{sure} {most} of out-of-scope questions leak at ρ ≥ {self.threshold:.4f} ({seen})"
-        least = math.ceil(math.log(self.delta) / math.log1p(-self.alpha))
-        few = f"it takes {least:,} calibration questions, here are {self.n:,}"
+        few = f"{self.n:,} calibration questions are too few"
         return f"no threshold is known to leak {most} {sure} ({few}): no question is in scope"
 
 
-def guarantee(scores: np.ndarray, alpha: float, delta: float = DELTA) -> Guarantee:
+def guarantee(scores: np.ndarray, alpha: float, delta: float = DELTA, asked: int | None = None) -> Guarantee:
     """The lowest threshold that is guaranteed to leak at most α, from scores (n,) of out-of-scope questions.
 
-    Raises ValueError for scores that are not a finite vector, and for α or δ outside (0, 1).
+    With ``asked`` the share that leaks of the next so many out-of-scope questions is guaranteed, too.
+    Raises ValueError for scores that are not a finite vector, α or δ outside (0, 1), and ``asked`` < 1.
     """
     scores = np.asarray(scores)
     if scores.ndim != 1 or not np.isfinite(scores).all():
@@ -71,8 +73,10 @@ def guarantee(scores: np.ndarray, alpha: float, delta: float = DELTA) -> Guarant
         raise ValueError(f"scores of {bad}: give one finite ρ a calibration question")
     if not (0 < alpha < 1 and 0 < delta < 1):
         raise ValueError(f"alpha {alpha} and delta {delta} must be shares, above 0 and below 1")
-    threshold = just_above(scores, allowed_leaks(len(scores), alpha, delta))
-    return Guarantee(alpha, delta, threshold, int((scores >= threshold).sum()), len(scores))
+    if asked is not None and asked < 1:
+        raise ValueError(f"asked is {asked}: give the number of questions to come, or None for endless use")
+    threshold = just_above(scores, allowed_leaks(len(scores), alpha, delta, asked))
+    return Guarantee(alpha, delta, threshold, int((scores >= threshold).sum()), len(scores), asked)
 
 
 def upper_bound(leaks: np.ndarray, n: int, delta: float = DELTA) -> np.ndarray:
@@ -80,9 +84,23 @@ def upper_bound(leaks: np.ndarray, n: int, delta: float = DELTA) -> np.ndarray:
     return beta.ppf(1 - delta, leaks + 1, n - leaks)
 
 
-def allowed_leaks(n: int, alpha: float, delta: float = DELTA) -> int:
-    """How many of n calibration questions may leak for the upper bound to be at most α; −1: not even none."""
-    return int((upper_bound(np.arange(n), n, delta) <= alpha).sum()) - 1
+def chance_within(leaks: np.ndarray, n: int, asked: int, alpha: float) -> np.ndarray:
+    """P(at most a share α of the next ``asked`` questions leaks), where ``leaks`` < n of n were let through.
+
+    Exact for exchangeable scores without ties, whatever their distribution: only ranks matter, and the number of
+    new scores above a given rank is beta-binomial.
+    """
+    most = int((np.arange(asked + 1) / asked <= alpha).sum()) - 1
+    return betabinom.cdf(most, asked, leaks + 1, n - leaks)
+
+
+def allowed_leaks(n: int, alpha: float, delta: float = DELTA, asked: int | None = None) -> int:
+    """How many of n calibration questions may leak for α to be guaranteed; −1: not even none."""
+    leaks = np.arange(n)
+    safe = upper_bound(leaks, n, delta) <= alpha
+    if asked is not None:
+        safe &= chance_within(leaks, n, asked, alpha) >= 1 - delta
+    return int(safe.sum()) - 1
 
 
 def allowed_on_average(n: int, alpha: float) -> int:
