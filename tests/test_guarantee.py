@@ -18,6 +18,7 @@ from mscke.evaluation.guarantee import (
     chance_within,
     guarantee,
     just_above,
+    needed,
     upper_bound,
 )
 from mscke.evaluation.metrics import ROLES
@@ -83,7 +84,8 @@ def test_chance_within_by_counting_orders():
 
 @pytest.mark.parametrize(("n", "asked"), [(100, 20), (300, 600), (833, 2778)])
 def test_the_next_questions_only_make_the_promise_stricter(n, asked):
-    k = allowed_leaks(n, 0.1, 0.05, asked)
+    k, least = allowed_leaks(n, 0.1, 0.05, asked), needed(0.1, 0.05, asked)
+    assert allowed_leaks(least - 1, 0.1, 0.05, asked) == -1 < allowed_leaks(least, 0.1, 0.05, asked)
     assert -1 <= k <= allowed_leaks(n, 0.1, 0.05)
     assert k < 0 or chance_within(k, n, asked, 0.1) >= 0.95
     scores = np.random.default_rng(0).random(n)
@@ -97,13 +99,13 @@ def test_a_stricter_promise_is_a_higher_threshold():
     assert by_alpha == sorted(by_alpha, reverse=True) and by_delta == sorted(by_delta, reverse=True)
 
 
-@pytest.mark.parametrize(("n", "alpha", "needed"), [(0, 0.05, 59), (58, 0.05, 59), (298, 0.01, 299)])
-def test_too_few_scores_leave_every_question_to_the_base_model(n, alpha, needed):
+@pytest.mark.parametrize(("n", "alpha", "least"), [(0, 0.05, 59), (58, 0.05, 59), (298, 0.01, 299)])
+def test_too_few_scores_leave_every_question_to_the_base_model(n, alpha, least):
     """(1 − α)^n ≤ δ is what it takes."""
     promise = guarantee(np.full(n, 0.1), alpha)
     assert promise.threshold == math.inf and not promise.attainable and promise.leaks == 0
-    assert f"{n} calibration questions are too few" in str(promise)
-    assert guarantee(np.full(needed, 0.1), alpha).attainable
+    assert f"{n} calibration questions are too few, {least} are needed" in str(promise)
+    assert guarantee(np.full(least, 0.1), alpha).attainable
 
 
 def test_what_is_promised_is_said():

@@ -24,6 +24,7 @@ shares, as many edits in memory, each record on an image of its own, none of the
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -57,7 +58,8 @@ class Guarantee:
         if self.attainable:
             seen = f"{self.leaks} of {self.n:,} calibration questions do"
             return f"{sure} {most} of out-of-scope questions leak at ρ ≥ {self.threshold:.4f} ({seen})"
-        few = f"{self.n:,} calibration questions are too few"
+        least = needed(self.alpha, self.delta, self.asked)
+        few = f"{self.n:,} calibration questions are too few, {least:,} are needed"
         return f"no threshold is known to leak {most} {sure} ({few}): no question is in scope"
 
 
@@ -101,6 +103,12 @@ def allowed_leaks(n: int, alpha: float, delta: float = DELTA, asked: int | None 
     if asked is not None:
         safe &= chance_within(leaks, n, asked, alpha) >= 1 - delta
     return int(safe.sum()) - 1
+
+
+def needed(alpha: float, delta: float = DELTA, asked: int | None = None) -> int:
+    """The fewest calibration questions with which α can be guaranteed: none of them may then leak."""
+    fewest = math.floor(math.log(delta) / math.log1p(-alpha))  # (1 − α)^n ≤ δ, and more if ``asked``
+    return next(n for n in itertools.count(fewest) if allowed_leaks(n, alpha, delta, asked) >= 0)
 
 
 def allowed_on_average(n: int, alpha: float) -> int:

@@ -40,10 +40,11 @@ def plot_cuts(cuts: pd.DataFrame) -> Figure:
     on the lower edge.
     """
     rules, alphas = cuts["rule"].unique(), np.sort(cuts["alpha"].unique())
-    floor, jitter = alphas[0] / 20, np.random.default_rng(0)
+    floor, ends = alphas[0] / 20, (60 * alphas[0], 170 * alphas[-1])
+    jitter = np.random.default_rng(0)
     fig, axes = plt.subplots(1, len(rules), figsize=(3.3 * len(rules), 3.2), sharey=True, squeeze=False)
     for ax, rule, colour in zip(axes[0], rules, (IN, OUT), strict=False):
-        ax.plot(100 * alphas[[0, -1]] * (0.6, 1.7), 100 * alphas[[0, -1]] * (0.6, 1.7), **GUIDE)
+        ax.plot(ends, ends, **GUIDE)
         for alpha, part in cuts[cuts["rule"] == rule].groupby("alpha"):
             leak = 100 * part["leak"].clip(lower=floor)
             x = 100 * alpha * np.exp(jitter.uniform(-0.14, 0.14, len(part)))
@@ -54,7 +55,7 @@ def plot_cuts(cuts: pd.DataFrame) -> Figure:
                 kept, (100 * alpha, 1.03), xycoords=("data", "axes fraction"), ha="center", fontsize=8
             )
         ax.set_title(rule, pad=18)
-        ax.set(xscale="log", yscale="log", ylim=(90 * floor, 250 * alphas[-1]))
+        ax.set(xscale="log", yscale="log", ylim=(90 * floor, 400 * alphas[-1]))
         _plain_ticks(ax, 100 * alphas)
     fig.supxlabel("α: what may leak (%); above, the share of cuts that keep to it", fontsize=9)
     axes[0, 0].set_ylabel("what leaks (%)")
@@ -91,9 +92,7 @@ def plot_reliability(scores: Mapping[str, np.ndarray], in_scope: np.ndarray) -> 
         ax.vlines(x, x, y, color=OUT, lw=1.2)
         ax.scatter(x, y, s=8 + 160 * n[n > 0] / n.sum(), color=IN, zorder=3, edgecolor="white", lw=0.5)
         error = expected_error(calibration_gaps(probability, in_scope))
-        ax.set(
-            title=f"{name}: ECE {100 * error:.1f} %", aspect="equal", xlim=(-0.04, 1.04), ylim=(-0.04, 1.04)
-        )
+        ax.set(title=f"{name}: ECE {100 * error:.1f} %", xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
     fig.supxlabel("predicted P(in scope)", fontsize=9)
     axes[0, 0].set_ylabel("share in scope")
     return fig
