@@ -105,10 +105,11 @@ def write_table(
     display: pd.DataFrame | None = None,
     caption: str | None = None,
     notebook: str = "",
+    decimals: int = 2,
 ) -> Path:
     """Write ``folder/tables/stem`` as .csv, .md and .tex (booktabs); returns the CSV's path.
 
-    Numbers have two decimals. ``display`` is what .md and .tex show when the CSV's tidy rows are not
+    Numbers have two decimals (shares need more). ``display`` is what .md and .tex show when the CSV's tidy rows are not
     for reading (:func:`wide`). With a ``caption`` the table enters the folder's index.
     """
     path = Path(folder) / "tables" / f"{stem}.csv"
@@ -116,9 +117,9 @@ def write_table(
     escaped = shown.map(lambda cell: cell.replace("|", r"\|") if isinstance(cell, str) else cell)
     # None is what tabulate takes for missing
     shown, escaped = (table.astype(object).where(table.notna(), None) for table in (shown, escaped))
-    options = {"headers": "keys", "showindex": False, "floatfmt": ".2f", "missingval": "–"}
+    options = {"headers": "keys", "showindex": False, "floatfmt": f".{decimals}f", "missingval": "–"}
     texts = {
-        ".csv": frame.to_csv(index=False, float_format="%.2f", lineterminator="\n"),
+        ".csv": frame.to_csv(index=False, float_format=f"%.{decimals}f", lineterminator="\n"),
         ".md": tabulate(escaped, tablefmt="github", **options) + "\n",
         ".tex": tabulate(shown, tablefmt="latex_booktabs", **options) + "\n",
     }

@@ -1,0 +1,69 @@
+"""Is the guarantee kept, and at what price? Random cuts, and a threshold at work on test records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mscke.benchmark.sample import EditRecord
+from mscke.classifier import ScopeClassifier
+from mscke.evaluation.guarantee import DELTA, allowed_leaks, allowed_on_average, just_above
+from mscke.evaluation.metrics import ROLES
+from mscke.evaluation.outcomes import answered, own_scores
+from mscke.memory import EditMemory
+from mscke.training import encode_records
+
+RULES = {  # name -> how many of n calibration questions may leak
+    "guaranteed": allowed_leaks,
+    "on average": lambda n, alpha, delta, asked: allowed_on_average(n, alpha),
+}
+
+
+def random_cuts(
+    scores: np.ndarray,
+    n: int,
+    alphas: Sequence[float],
+    n_cuts: int = 100,
+    delta: float = DELTA,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Scores of out-of-scope questions, cut at random into ``n`` to calibrate on and the rest to test.
+
+    One row a cut, rule of :data:`RULES` and α: rule, alpha, cut, threshold, leak (share of the rest).
+    """
+    rng, rows = np.random.default_rng(seed), []
+    cuts = [np.split(rng.permutation(scores), [n]) for _ in range(n_cuts)]
+    for rule, allowed in RULES.items():
+        for alpha in alphas:
+            k = allowed(n, alpha, delta, len(scores) - n)
+            for cut, (held, rest) in enumerate(cuts):
+                threshold = just_above(held, k)
+                rows.append((rule, alpha, cut, threshold, (rest >= threshold).mean()))
+    return pd.DataFrame(rows, columns=["rule", "alpha", "cut", "threshold", "leak"])
+
+
+def at_work(rho: np.ndarray, values: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which records leak, and how right their in-scope answers are: (leak, m_in), both (R,) in [0, 1].
+
+    ``rho`` (R, 5) and ``values`` (R, 5, 2) as :mod:`mscke.evaluation.outcomes` gives them.
+    """
+    routed = rho >= threshold
+    leak = routed[:, ROLES.index("out_of_scope")].astype(float)
+    return leak, answered(values, routed)[:, ROLES.index("in_scope")]
+
+
+@torch.inference_mode()
+def scores_among(
+    classifier: ScopeClassifier, records: Sequence[EditRecord], others: Sequence[EditRecord]
+) -> np.ndarray:
+    """ρ (R, 5) of every record's queries with its own edit and those of ``others`` in memory: the largest."""
+    own = own_scores(classifier, records)
+    if not others:
+        return own
+    memory = EditMemory(classifier.dim)
+    memory.add([r.edit for r in others], classifier(encode_records(classifier, others)[0]))
+    distance, _ = memory.nearest(classifier(encode_records(classifier, records)[1]))
+    return np.maximum(own, classifier.score(distance).numpy().reshape(own.shape))
