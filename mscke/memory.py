@@ -1,33 +1,58 @@
-"""The multimodal edit memory: edits beside their embeddings; the base model is never touched."""
+"""The multimodal edit memory: edits beside their embeddings; the base model is never touched.
+
+In RAM, or durable when opened on a path; both answer and forget alike::
+
+    memory = EditMemory.open("memory", classifier.fingerprint(), classifier.dim)
+    ids = memory.add(edits, embeddings)     # on disk when it returns
+    memory.nearest(classifier.embed(queries))
+    memory.undo()                           # as before; memory.at(version) and memory.log() look back
+"""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch.nn.functional as F
 from torch import Tensor
 
-from mscke.benchmark.sample import Edit
+from mscke.benchmark.sample import Edit, Query
+from mscke.store import Change, EditStore
 
 
 class EditMemory:
     """Edits (image, prompt, answer) and a matrix of their embeddings, searched exactly.
 
-    Each edit is embedded once, when it is written; a lookup is one matrix product. Ids are given
-    out in order and never used again.
+    Each edit is embedded once, when it is written; a lookup is one matrix product. An id is a place in the
+    matrix and never used again: what is removed keeps its place, so that it can be brought back.
     """
 
     def __init__(self, dim: int, fingerprint: str = ""):
         self.dim, self.fingerprint = dim, fingerprint
-        self._hold(torch.empty(0, dim), [])
-        self._edits: dict[int, Edit] = {}
-        self._next = 0
+        self._store: EditStore | None = None
+        self._recall([], torch.empty(0, dim), [])
+
+    @classmethod
+    def open(
+        cls, path: str | Path, fingerprint: str | None = None, dim: int | None = None, read_only: bool = False
+    ) -> EditMemory:
+        """The memory kept in folder ``path``; with ``dim`` a new one where there is none (FileNotFoundError).
+
+        One writer at a time (BlockingIOError), any number of readers, who see it as it was when they
+        opened it. Raises ValueError if another classifier than ``fingerprint`` wrote it.
+        """
+        store = EditStore(path, dim, fingerprint, read_only)
+        memory = cls(store.dim, store.fingerprint)
+        memory._recall(*store.read())
+        memory._store = store
+        return memory
+
+    def close(self) -> None:
+        """Let another writer open the path."""
+        if self._store:
+            self._store.close()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -38,22 +63,18 @@ class EditMemory:
 
     def _require(self, ids: Iterable[int]) -> None:
         """Raise KeyError, with their numbers, for ids that are not in memory."""
-        if missing := set(ids) - self._edits.keys():
+        if missing := [i for i in set(ids) if not 0 <= i < len(self._edits) or not self._here[i]]:
             raise KeyError(f"no edit with id {sorted(missing)} in memory")
-
-    def _hold(self, matrix: Tensor, ids: list[int]) -> None:
-        """Keep what a lookup needs beside the matrix: ‖z_e‖² of every row, and the ids as a tensor."""
-        self._matrix, self._squares = matrix, matrix.square().sum(-1)
-        self._ids, self._id_row = ids, torch.tensor(ids, dtype=torch.long)
 
     @property
     def ids(self) -> Tensor:
-        return self._id_row
+        """(N,) long, ascending."""
+        return self._ids
 
     @property
     def embeddings(self) -> Tensor:
         """(N, dim) float32, in the order of :attr:`ids`."""
-        return self._matrix
+        return self._matrix.T[self._ids].contiguous()
 
     def add(self, edits: Sequence[Edit], embeddings: Tensor) -> list[int]:
         """Store edits with their embeddings (N, dim); returns their ids.
@@ -68,63 +89,110 @@ class EditMemory:
         bad = (~embeddings.isfinite()).any(1).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"the embeddings of edits {bad[:5]} are not finite; nothing was stored")
-        ids = list(range(self._next, self._next + len(edits)))
-        matrix = torch.cat([self._matrix, embeddings.detach().to("cpu", torch.float32)])
-        self._hold(matrix, self._ids + ids)
-        self._edits.update(zip(ids, edits, strict=True))
-        self._next += len(edits)
-        return ids
+        ids = range(len(self._edits), len(self._edits) + len(edits))
+        self._commit("add", ids, edits, embeddings.detach().to("cpu", torch.float32))
+        return list(ids)
 
     def remove(self, ids: Iterable[int]) -> None:
         """Forget edits. Raises KeyError for an id that is not there; nothing is removed then."""
-        gone = set(ids)
-        self._require(gone)
-        keep = [i for i, edit_id in enumerate(self._ids) if edit_id not in gone]
-        self._hold(self._matrix[keep], [self._ids[i] for i in keep])
-        for edit_id in gone:
-            del self._edits[edit_id]
+        self._require(gone := sorted(set(ids)))
+        self._commit("remove", gone)
+
+    def undo(self) -> None:
+        """Take back the last change that still stands. Raises ValueError when none does."""
+        if not self._standing:
+            raise ValueError("nothing to undo: every change was taken back, or none was made")
+        self._commit("undo", self._standing[-1].ids)
+
+    def log(self) -> list[Change]:
+        """Every change (version, change, ids, time), the first one first; undone ones stay in it."""
+        return list(self._log)
+
+    def at(self, version: int) -> EditMemory:
+        """The memory after its first ``version`` changes: a copy in RAM; ValueError if it had fewer."""
+        if not 0 <= version <= len(self._log):
+            raise ValueError(f"no version {version}: this memory has versions 0 to {len(self._log)}")
+        log, past = self._log[:version], EditMemory(self.dim, self.fingerprint)
+        n = sum(len(c.ids) for c in log if c.change == "add")
+        past._recall(self._edits[:n], self._matrix.T[:n], log)
+        return past
 
     def distances(self, embeddings: Tensor, among: Tensor) -> Tensor:
         """Squared distance (B,) of each query to the one edit ``among`` names for it (KeyError if none)."""
         self._require(among.tolist())
-        place = {edit_id: i for i, edit_id in enumerate(self._ids)}
-        rows = [place[i] for i in among.tolist()]
-        return (embeddings - self._matrix[rows]).square().sum(-1)
+        return (embeddings - self._matrix.T[among]).square().sum(-1)
 
-    def nearest(self, embeddings: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-        """The k nearest edits of each query: (squared distances, ids), both (B, min(k, N))."""
+    def nearest(self, embeddings: Tensor, k: int = 1, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """The k nearest edits of each query: (squared distances, ids), both (B, min(k, N)).
+
+        Found exactly, unless :meth:`index` was called and ``exact`` is not asked for.
+        """
         k = min(k, len(self))
-        if k == 0:
-            empty = embeddings.new_empty(len(embeddings), 0)
-            return empty, empty.long()
-        squared = self._squares - 2 * embeddings @ self._matrix.T  # + ‖query‖², the same in a row
-        _, rows = squared.topk(k, largest=False)
-        exact = (embeddings.unsqueeze(1) - self._matrix[rows]).square().sum(-1)
-        return exact, self.ids[rows]
+        if k and self._store and self._store.indexed and not exact:
+            ids = torch.tensor([self._store.nearest(z, k, self._here) for z in embeddings])
+        else:
+            squared = self._squares - 2 * embeddings @ self._matrix  # + ‖query‖², the same in a row
+            ids = squared.topk(k, largest=False)[1]
+        return (embeddings.unsqueeze(1) - self._matrix.T[ids]).square().sum(-1), ids
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file; edits and fingerprint travel in its header."""
-        path = Path(path)
-        header = {
-            "edits": json.dumps({str(i): asdict(self._edits[i]) for i in self._ids}),
-            "ids": json.dumps(self._ids), "next": str(self._next), "fingerprint": self.fingerprint,
-        }  # fmt: skip
-        temporary = path.with_name(path.name + ".tmp")
-        save_file({"embeddings": self._matrix.contiguous()}, temporary, metadata=header)
-        os.replace(temporary, path)
+    def index(self) -> None:
+        """Index the table, so that :meth:`nearest` is approximate: beyond 100,000 edits (ValueError in RAM)."""
+        if not self._store:
+            raise ValueError("an index is kept on disk: use EditMemory.open(path, …)")
+        self._store.index()
 
-    @classmethod
-    def open(cls, path: str | Path, fingerprint: str | None = None) -> EditMemory:
-        """Read a saved memory. Raises ValueError if another classifier than ``fingerprint`` wrote it."""
-        with safe_open(path, "pt") as file:
-            header, matrix = file.metadata(), file.get_tensor("embeddings")
-        if fingerprint is not None and header["fingerprint"] != fingerprint:
-            raise ValueError(
-                f"{path} was written by classifier {header['fingerprint']}, not {fingerprint}: "
-                "embed its edits again with this classifier (EditMemory.add) to use them"
-            )
-        memory = cls(matrix.shape[1], header["fingerprint"])
-        memory._hold(matrix, json.loads(header["ids"]))
-        memory._next = int(header["next"])
-        memory._edits = {int(i): Edit(**e) for i, e in json.loads(header["edits"]).items()}
+    def embed_again(self, classifier, path: str | Path) -> EditMemory:
+        """These edits under another classifier, in a new memory at ``path``; ids count from 0 again."""
+        edits = [self._edits[i] for i in self._ids.tolist()]
+        prompts = [Query(e.prompt, e.image) for e in edits]
+        memory = EditMemory.open(path, classifier.fingerprint(), classifier.dim)
+        memory.add(edits, classifier.embed(prompts, [e.answer for e in edits]))
         return memory
+
+    @torch.inference_mode(False)  # begun while scoring, it can be added to at any time
+    def _commit(self, change: str, ids: Sequence[int], edits: Sequence[Edit] = (), z: Tensor | None = None):
+        """Make a change: on disk first, so that what is acknowledged is durable."""
+        if not ids:
+            return
+        entry = Change(len(self._log) + 1, change, tuple(ids), datetime.now(UTC))
+        if self._store:
+            self._store.append(entry, edits, z)
+        if z is not None:
+            self._extend(edits, z)
+        self._apply(entry)
+        self._look()
+
+    def _extend(self, edits: Sequence[Edit], z: Tensor) -> None:
+        """Give new edits a place. The matrix grows by doubling: an edit added is not all edits copied."""
+        n, total = len(self._edits), len(self._edits) + len(edits)
+        if total > self._room.shape[1]:
+            self._room = F.pad(self._matrix, (0, max(n, total - n)))
+        self._room[:, n:total] = z.T
+        self._edits += edits
+        self._matrix = self._room[:, :total]
+        self._norms = torch.cat([self._norms, z.square().sum(-1)])
+        self._here = torch.cat([self._here, torch.zeros(len(edits), dtype=torch.bool)])
+
+    @torch.inference_mode(False)
+    def _recall(self, edits: Sequence[Edit], embeddings: Tensor, log: Sequence[Change]) -> None:
+        """Become what ``log`` makes of the edits (N) ever added and their embeddings (N, dim)."""
+        self._edits, self._log, self._standing = list(edits), [], []
+        # One edit a column: the product with one query then reads at the speed of memory, thrice as fast as rows.
+        self._room = self._matrix = embeddings.T.contiguous()
+        self._norms, self._here = self._matrix.square().sum(0), torch.zeros(len(edits), dtype=torch.bool)
+        for entry in log:
+            self._apply(entry)
+        self._look()
+
+    def _apply(self, entry: Change) -> None:
+        """Enter a change into the log; an undo takes the last one that stands off again."""
+        self._log.append(entry)
+        undone = self._standing.pop() if entry.change == "undo" else None
+        if not undone:
+            self._standing.append(entry)
+        self._here[list(entry.ids)] = undone.change == "remove" if undone else entry.change == "add"
+
+    def _look(self) -> None:
+        """Keep what a lookup needs: the ids in memory, and ‖z_e‖² of every place, infinite where none is."""
+        self._ids = self._here.nonzero().flatten()
+        self._squares = torch.where(self._here, self._norms, torch.inf)

@@ -1,12 +1,11 @@
-"""The edit memory against a dictionary searched by brute force; what it refuses; its file."""
+"""The edit memory against a dictionary searched by brute force; what it refuses; what it takes back."""
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
-from mscke import memory as module
 from mscke.benchmark.sample import Edit
 from mscke.memory import EditMemory
 
@@ -26,19 +25,20 @@ def filled(n=6, dim=DIM, fingerprint="abc"):
 
 
 def same(a, b):
-    assert (a.dim, a.fingerprint, a._next) == (b.dim, b.fingerprint, b._next)
+    assert (a.dim, a.fingerprint, len(a)) == (b.dim, b.fingerprint, len(b))
     assert torch.equal(a.ids, b.ids) and torch.equal(a.embeddings, b.embeddings)
     assert [a[i] for i in a.ids.tolist()] == [b[i] for i in b.ids.tolist()]
 
 
 class MemoryMachine(RuleBasedStateMachine):
-    """Adds, removes and looks up as a dictionary of (edit, vector) would."""
+    """Adds, removes, takes back and looks up as a dictionary of (edit, vector) would."""
 
     ids = Bundle("ids")
 
     def __init__(self):
         super().__init__()
         self.memory, self.model, self.given = EditMemory(DIM), {}, 0
+        self.standing, self.versions = [], [{}]  # what each standing change began from; every version
 
     @rule(target=ids, vectors=VECTORS)
     def add(self, vectors):
@@ -46,13 +46,37 @@ class MemoryMachine(RuleBasedStateMachine):
         new = self.memory.add(stored, torch.tensor(vectors, dtype=torch.float32))
         assert new == list(range(self.given, self.given + len(vectors)))  # never given before
         self.given += len(vectors)
-        self.model |= dict(zip(new, zip(stored, vectors, strict=True), strict=True))
+        self.changed(self.model | dict(zip(new, zip(stored, vectors, strict=True), strict=True)))
         return multiple(*new)
 
-    @rule(edit_id=consumes(ids))
+    def changed(self, model):
+        self.standing.append(self.model)
+        self.versions.append(model)
+        self.model = model
+
+    @rule(edit_id=ids)
     def remove(self, edit_id):
-        self.memory.remove([edit_id])
-        del self.model[edit_id]
+        if edit_id in self.model:
+            self.memory.remove([edit_id])
+            self.changed({i: pair for i, pair in self.model.items() if i != edit_id})
+        else:
+            with pytest.raises(KeyError, match=str(edit_id)):
+                self.memory.remove([edit_id])
+
+    @rule()
+    def undo(self):
+        if self.standing:
+            self.memory.undo()
+            self.model = self.standing.pop()
+            self.versions.append(self.model)
+        else:
+            with pytest.raises(ValueError, match="nothing to undo"):
+                self.memory.undo()
+
+    @rule(data=st.data())
+    def look_back(self, data):
+        version = data.draw(st.integers(0, len(self.versions) - 1))
+        assert self.memory.at(version).ids.tolist() == sorted(self.versions[version])
 
     @rule(edit_id=ids)
     def remove_with_one_that_is_not_there(self, edit_id):
@@ -73,10 +97,11 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @invariant()
     def agree(self):
-        assert len(self.memory) == len(self.model) and self.memory.ids.tolist() == list(self.model)
+        assert len(self.memory) == len(self.model) and self.memory.ids.tolist() == sorted(self.model)
+        assert [c.version for c in self.memory.log()] == list(range(1, len(self.versions)))
         for i, (edit, vector) in self.model.items():
             assert self.memory[i] == edit
-            assert self.memory.embeddings[list(self.model).index(i)].tolist() == vector
+            assert self.memory.embeddings[sorted(self.model).index(i)].tolist() == vector
 
 
 MemoryMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
@@ -97,17 +122,6 @@ def test_nearest_is_the_argmin_of_the_distances():
 def test_an_empty_memory_finds_nothing():
     distances, ids = EditMemory(DIM).nearest(torch.zeros(4, DIM))
     assert distances.shape == ids.shape == (4, 0)
-
-
-@pytest.mark.parametrize("removed", [[], [0, 3, 5], [0, 1, 2, 3, 4, 5]])
-def test_save_and_open(tmp_path, removed):
-    memory = filled()
-    memory.remove(removed)
-    memory.save(tmp_path / "memory.safetensors")
-    again = EditMemory.open(tmp_path / "memory.safetensors", fingerprint="abc")
-    same(memory, again)
-    assert again.add(edits(1), torch.zeros(1, DIM)) == [6]  # ids of removed edits are not given again
-    assert [p.name for p in tmp_path.iterdir()] == ["memory.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -143,34 +157,43 @@ def test_an_edit_that_is_not_there_is_named():
         memory.distances(torch.zeros(3, DIM), torch.tensor([9, 0, 2]))
 
 
-def test_another_classifiers_memory_is_refused(tmp_path):
-    filled().save(tmp_path / "m")
-    with pytest.raises(ValueError, match="was written by classifier abc, not xyz: embed its edits again"):
-        EditMemory.open(tmp_path / "m", fingerprint="xyz")
-    assert len(EditMemory.open(tmp_path / "m")) == 6
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "memory.safetensors"
-    filled().save(path)
-    old = path.read_bytes()
-
-    def full_disk(tensors, filename, metadata):
-        filename.write_bytes(b"half a file")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(module, "save_file", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        filled(9).save(path)
-    assert path.read_bytes() == old
-    monkeypatch.undo()
-    filled(9).save(path)  # what the failure left behind is not in the way
-    same(EditMemory.open(path), filled(9))
-
-
 def test_a_memory_keeps_no_gradient_and_no_alias():
     memory, z = EditMemory(DIM), torch.ones(1, DIM, requires_grad=True)
     memory.add(edits(1), z)
     with torch.no_grad():
         z.zero_()
     assert not memory.embeddings.requires_grad and memory.embeddings.tolist() == [[1.0] * DIM]
+
+
+def test_the_past_is_a_copy():
+    memory = filled()
+    memory.remove([0])
+    past = memory.at(1)
+    assert past.ids.tolist() == list(range(6)) and past[0] == edits(1)[0]
+    assert past.add(edits(1), torch.zeros(1, DIM)) == memory.add(edits(1, 9), torch.ones(1, DIM)) == [6]
+    assert past[6] == edits(1)[0] and memory[6] == edits(1, 9)[0]
+    assert past.embeddings[-1].tolist() == [0.0] * DIM and memory.embeddings[-1].tolist() == [1.0] * DIM
+
+
+def test_a_version_that_was_not_yet_is_refused():
+    for version in (-1, 2):
+        with pytest.raises(ValueError, match=f"no version {version}: this memory has versions 0 to 1"):
+            filled().at(version)
+
+
+def test_a_memory_begun_while_scoring_can_be_added_to_later():
+    with torch.inference_mode():
+        memory = filled()
+    memory.add(edits(1, 6), torch.zeros(1, DIM))
+    memory.remove([0])
+    assert memory.ids.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_nothing_is_no_change():
+    memory = filled(0)
+    assert memory.add([], torch.empty(0, DIM)) == [] and memory.log() == []
+
+
+def test_an_index_needs_a_path():
+    with pytest.raises(ValueError, match="an index is kept on disk"):
+        filled().index()

@@ -1,0 +1,196 @@
+"""The edit memory on disk: a LanceDB table in which every change is one append, never rewritten.
+
+A change is there as a whole or not at all, for LanceDB makes a new manifest visible by renaming it. What a
+memory *is* follows from its changes in their order (:class:`mscke.memory.EditMemory`); nothing else is kept.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+import torch
+from lancedb.index import IvfRq
+from torch import Tensor
+
+from mscke.benchmark.sample import Edit
+
+TABLE, LOCK, PICTURES = "edits", "writer.lock", "pictures"
+FRAGMENTS = 256  # appends after which the small files are put together, for each append lists them all
+KEEP = timedelta(hours=1)  # that a reader has before files nobody newly opened needs are deleted
+# One bit a dimension: one partition is scanned whole in a few milliseconds at a million edits, and its
+# best are compared in full precision. Embeddings this many-dimensional have no cells worth probing.
+PARTITIONS, REFINE = 1, 100
+
+
+class Change(NamedTuple):
+    """One entry of a memory's log: the ids that were added, removed, or by an undo set back."""
+
+    version: int
+    change: str  # add, remove or undo
+    ids: tuple[int, ...]
+    time: datetime
+
+
+def table_schema(dim: int, fingerprint: str) -> pa.Schema:
+    """A row an edit of a change; only those of an "add" carry the edit and its embedding."""
+    columns = {
+        "version": pa.int64(), "change": pa.string(), "id": pa.int64(), "time": pa.timestamp("us", tz="UTC"),
+        "image": pa.string(), "picture": pa.large_binary(), "prompt": pa.string(), "answer": pa.string(),
+        "embedding": pa.list_(pa.float32(), dim),
+    }  # fmt: skip
+    return pa.schema(columns.items(), metadata={"classifier": fingerprint})
+
+
+class EditStore:
+    """The table of one memory: one writer, for as long as it holds the lock, and any number of readers."""
+
+    def __init__(self, path: str | Path, dim: int | None, fingerprint: str | None, read_only: bool):
+        """Open the table in folder ``path``; a writer that gives ``dim`` makes it where there is none.
+
+        Raises FileNotFoundError without a table to open, BlockingIOError while another writes, ValueError
+        if another width or another classifier than ``fingerprint`` was given.
+        """
+        self.path, self._lock = Path(path), None
+        if not read_only and (dim is not None or self.path.is_dir()):
+            self._lock = _lock(self.path)
+        database = lancedb.connect(self.path) if self.path.is_dir() else None
+        if database and TABLE in database.list_tables().tables:
+            self._table = database.open_table(TABLE)
+        elif self._lock and dim is not None:
+            self._table = database.create_table(TABLE, schema=table_schema(dim, fingerprint or ""))
+        else:
+            self.close()
+            raise FileNotFoundError(f"no memory at {path}; to begin one, open it for writing and give dim=")
+        self.dim = self._table.schema.field("embedding").type.list_size
+        self.fingerprint = self._table.schema.metadata[b"classifier"].decode()
+        self.indexed, self._appends = bool(self._table.list_indices()), 0
+        self._check(dim, fingerprint)
+
+    def _check(self, dim: int | None, fingerprint: str | None) -> None:
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            self.close()
+            raise ValueError(
+                f"{self.path} was written by classifier {self.fingerprint}, not {fingerprint}: embed its edits "
+                f"again with EditMemory.open({str(self.path)!r}).embed_again(classifier, another_path)"
+            )
+        if dim is not None and dim != self.dim:
+            self.close()
+            raise ValueError(f"{self.path} holds embeddings of width {self.dim}, not {dim}; leave dim out")
+
+    def append(self, change: Change, edits: Sequence[Edit], embeddings: Tensor | None) -> None:
+        """Commit one change; when this returns it outlives the process.
+
+        Raises PermissionError when opened for reading, FileNotFoundError for an edit without its image.
+        """
+        if self._lock is None:
+            raise PermissionError(
+                f"{self.path} was opened for reading; open it without read_only to change it"
+            )
+        n, none = len(change.ids), [None] * len(change.ids)
+        texts = [[getattr(e, name) for e in edits] or none for name in ("image", "prompt", "answer")]
+        pictures = [_picture(e.image) for e in edits] or none
+        rows = none if embeddings is None else _vectors(embeddings)
+        version, kind, time = [change.version] * n, [change.change] * n, [change.time] * n
+        columns = [version, kind, change.ids, time, texts[0], pictures, *texts[1:], rows]
+        self._table.add(pa.table(columns, schema=self._table.schema))
+        self._appends += 1
+        if self._appends % FRAGMENTS == 0:
+            self._table.optimize(cleanup_older_than=KEEP)
+
+    def read(self) -> tuple[list[Edit], Tensor, list[Change]]:
+        """All that was ever added, by id, its embeddings (N, dim) float32, and the changes in order."""
+        names = [name for name in self._table.schema.names if name != "picture"]
+        rows = self._table.search().select(names).limit(None).to_arrow().sort_by([("version", "ascending")])
+        added = rows.filter(pa.compute.equal(rows["change"], "add")).sort_by("id")
+        texts = (added[name].to_pylist() for name in ("image", "prompt", "answer"))
+        edits = [Edit(*fields) for fields in zip(*texts, strict=True)]
+        flat = added["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return self._with_images(edits), torch.tensor(flat).view(-1, self.dim), _changes(rows)
+
+    def _with_images(self, edits: list[Edit]) -> list[Edit]:
+        """The edits; where an image is no longer at its path, it is written out from the table."""
+        gone = {e.image for e in edits if not os.path.exists(e.image)}
+        for image in gone:
+            i = next(i for i, e in enumerate(edits) if e.image == image)
+            row = self._table.search().where(f"id = {i} AND change = 'add'").select(["picture"]).to_arrow()
+            found = str(_write_picture(self.path / PICTURES, row["picture"][0].as_py(), Path(image).suffix))
+            edits = [replace(e, image=found) if e.image == image else e for e in edits]
+        return edits
+
+    def index(self) -> None:
+        """Build the approximate index anew; edits added later are searched beside it, exactly."""
+        index = IvfRq(num_partitions=PARTITIONS, max_iterations=5)
+        self._table.create_index("embedding", config=index, replace=True)
+        self.indexed = True
+
+    def nearest(self, embedding: Tensor, k: int, here: Tensor) -> list[int]:
+        """Ids (k) of the nearest rows of one query (dim,) by the index, of those that ``here`` (N,) bool marks."""
+        query = self._table.search(embedding.numpy(), vector_column_name="embedding")
+        query = query.select(["id", "_distance"]).nprobes(PARTITIONS).refine_factor(REFINE)
+        asked, found = k, []
+        while len(found) < k:  # what was removed is in the index still
+            found = [i for i in query.limit(asked).to_arrow()["id"].to_pylist() if here[i]]
+            asked *= 2
+        return found[:k]
+
+    def close(self) -> None:
+        """Let another writer in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _lock(folder: Path):
+    """The folder's lock, held until the file is closed: by the kernel when its process is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / LOCK, "a")  # noqa: SIM115 (stays open)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise BlockingIOError(
+            f"{folder} is being written by another; close that one, or open this one with read_only=True"
+        ) from None
+    return file
+
+
+def _changes(rows: pa.Table) -> list[Change]:
+    versions = rows["version"].to_numpy()
+    starts = np.flatnonzero(np.diff(versions, prepend=-1))
+    ids, kinds, times = rows["id"].to_numpy(), rows["change"], rows["time"]
+    parts = np.split(ids, starts[1:]) if len(starts) else []
+    return [
+        Change(int(versions[i]), kinds[i].as_py(), tuple(part.tolist()), times[i].as_py())
+        for i, part in zip(starts.tolist(), parts, strict=True)
+    ]
+
+
+def _vectors(embeddings: Tensor) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.numpy().ravel()), embeddings.shape[1])
+
+
+def _picture(image: str) -> bytes:
+    try:
+        return Path(image).read_bytes()
+    except OSError as error:
+        raise FileNotFoundError(f"an edit's image {image} cannot be read; nothing was stored") from error
+
+
+def _write_picture(folder: Path, picture: bytes, suffix: str) -> Path:
+    """Named by what it shows, so that readers may write it at the same time."""
+    folder.mkdir(exist_ok=True)
+    path = folder / (hashlib.sha256(picture).hexdigest()[:16] + suffix)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_bytes(picture)
+    os.replace(temporary, path)
+    return path

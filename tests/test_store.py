@@ -1,0 +1,272 @@
+"""The memory on disk: what a kill leaves, who may write, what is refused, what an undo gives back."""
+
+import multiprocessing
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from writer import BATCH, DIM, change, content, hold, write
+
+from mscke.benchmark.sample import Edit, Query
+from mscke.classifier import ScopeClassifier
+from mscke.editors.mscke import RoutedModel
+from mscke.memory import EditMemory
+from mscke.models.counterfactual import CounterfactualModel
+from mscke.router import ScopeRouter
+
+pytest_plugins = ["tiny"]
+KILLS = 50
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts processes that have imported what they need: a kill then falls into the writing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["writer"])
+    return context
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(b"a picture's bytes")
+    return path
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "memory"
+
+
+@pytest.fixture
+def written(path, image):
+    """A memory of twelve changes, closed."""
+    memory = EditMemory.open(path, "abc", DIM)
+    for _ in range(12):
+        change(memory, image)
+    memory.close()
+    return memory
+
+
+def same(a, b):
+    assert (a.dim, a.fingerprint, a.log()) == (b.dim, b.fingerprint, b.log())
+    assert torch.equal(a.ids, b.ids) and torch.equal(a.embeddings, b.embeddings)
+    assert [a[i] for i in a.ids.tolist()] == [b[i] for i in b.ids.tolist()]
+
+
+def acknowledged(folder):
+    file = folder / "acknowledged"
+    return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+
+# ------------------------------------------------------------------------------- durable
+
+
+@pytest.mark.slow
+def test_whatever_was_acknowledged_survives_a_kill(tmp_path, path, image, processes):
+    rng, again, rounds = random.Random(0), EditMemory(DIM, "abc"), []
+    for _ in range(KILLS):
+        before = len(acknowledged(tmp_path))
+        writer = processes.Process(target=write, args=(tmp_path, image))
+        writer.start()
+        writer.join(rng.uniform(0.01, 0.6))
+        assert writer.exitcode is None, "the writer stopped by itself"
+        writer.kill()
+        writer.join()
+        told = acknowledged(tmp_path)
+        rounds.append(len(told) - before)
+        if not path.is_dir():  # killed before it began
+            assert not told
+            continue
+        memory = EditMemory.open(path, "abc", DIM)  # the kernel took the lock from the dead
+        while len(again.log()) < len(memory.log()):
+            change(again, image)
+        assert [c[:3] for c in memory.log()] == [c[:3] for c in again.log()]
+        assert torch.equal(memory.ids, again.ids) and torch.equal(memory.embeddings, again.embeddings)
+        assert [memory[i] for i in memory.ids.tolist()] == [again[i] for i in again.ids.tolist()]
+        assert set(told) <= {c.version for c in memory.log()}
+        memory.close()
+    assert sum(n > 0 for n in rounds) >= KILLS // 4, f"too few writers wrote: {rounds}"
+
+
+def test_a_failed_append_changes_nothing(path, image, monkeypatch):
+    memory = EditMemory.open(path, "abc", DIM)
+    change(memory, image)
+
+    def full_disk(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(memory._store._table, "add", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        change(memory, image)
+    monkeypatch.undo()
+    same(memory, EditMemory.open(path, read_only=True))
+    assert len(memory) == BATCH and change(memory, image) == 2
+
+
+def test_what_is_read_is_what_was_written(path, written):
+    same(EditMemory.open(path, "abc", DIM), written)
+
+
+def test_ids_are_not_given_again(path, image, written):
+    n = sum(len(c.ids) for c in written.log() if c.change == "add")
+    memory = EditMemory.open(path, "abc")
+    memory.remove(memory.ids[-1:].tolist())
+    memory.undo()
+    memory.undo()
+    memory.close()
+    assert EditMemory.open(path, "abc").add(*content(99, image)) == list(range(n, n + BATCH))
+
+
+def test_many_small_changes_are_put_together(path, image, monkeypatch):
+    monkeypatch.setattr("mscke.store.FRAGMENTS", 4)
+    memory = EditMemory.open(path, "abc", DIM)
+    for _ in range(9):
+        change(memory, image)
+    assert memory._store._table.stats()["fragment_stats"]["num_fragments"] <= 4
+    memory.close()
+    same(EditMemory.open(path), memory)
+
+
+# ------------------------------------------------------------------------------- one writer, many readers
+
+
+def test_a_second_writer_is_refused_and_loses_nothing(path, image, written, processes):
+    ready, done = processes.Event(), processes.Event()
+    other = processes.Process(target=hold, args=(path, ready, done))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(BlockingIOError, match=r"is being written by another; .* read_only=True"):
+        EditMemory.open(path, "abc")
+    reader = EditMemory.open(path, "abc", read_only=True)
+    same(reader, written)
+    with pytest.raises(PermissionError, match="opened for reading"):
+        change(reader, image)
+    same(reader, written)
+    done.set()
+    other.join(60)
+    assert change(EditMemory.open(path, "abc"), image) == 13
+
+
+def test_a_reader_sees_the_memory_as_it_was_opened(path, image, written):
+    reader, memory = EditMemory.open(path, read_only=True), EditMemory.open(path)
+    change(memory, image)
+    same(reader, written)
+    same(EditMemory.open(path, read_only=True), memory)
+
+
+# ------------------------------------------------------------------------------- guarded
+
+
+def test_another_classifiers_memory_is_refused(path, written):
+    with pytest.raises(ValueError, match=r"written by classifier abc, not xyz: .*embed_again\(classifier"):
+        EditMemory.open(path, "xyz")
+    with pytest.raises(ValueError, match="of width 8, not 9"):
+        EditMemory.open(path, "abc", 9)
+    same(EditMemory.open(path), written)  # refusing let go of the lock
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_there_is_no_memory_to_open(path, read_only):
+    with pytest.raises(FileNotFoundError, match="to begin one"):
+        EditMemory.open(path, read_only=read_only)
+    assert not path.exists()
+
+
+def test_an_edit_without_its_image_is_refused(path, tmp_path):
+    memory = EditMemory.open(path, "abc", DIM)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png cannot be read; nothing was stored"):
+        memory.add([Edit(str(tmp_path / "nowhere.png"), "t", "y")], torch.zeros(1, DIM))
+    assert len(memory) == 0 == len(EditMemory.open(path, read_only=True))
+
+
+def test_a_lost_image_comes_from_the_memory(path, image, written):
+    image.unlink()
+    memory = EditMemory.open(path)
+    first = memory[int(memory.ids[0])]
+    assert Path(first.image).read_bytes() == b"a picture's bytes" and Path(first.image).parent.parent == path
+    assert first.prompt == written[int(written.ids[0])].prompt
+
+
+def test_edits_are_embedded_again(path, tmp_path, classifier, records):
+    old = remember(path, classifier, records, fingerprint="of another")
+    old.remove([1])
+    new = old.embed_again(classifier, tmp_path / "new")
+    fresh = remember(tmp_path / "fresh", classifier, [records[0], *records[2:]])
+    new.close()
+    reopened = EditMemory.open(tmp_path / "new", classifier.fingerprint())
+    assert torch.equal(reopened.embeddings, fresh.embeddings)
+    assert [reopened[i] for i in range(len(records) - 1)] == [fresh[i] for i in range(len(records) - 1)]
+
+
+# ------------------------------------------------------------------------------- versioned
+
+
+@pytest.fixture(scope="module")
+def classifier(clip_name, encoder):
+    torch.manual_seed(7)
+    return ScopeClassifier(clip_name, width=16, encoder=encoder).eval()
+
+
+def remember(path, classifier, records, fingerprint=None):
+    memory = EditMemory.open(path, fingerprint or classifier.fingerprint(), classifier.dim)
+    learn(memory, classifier, records)
+    return memory
+
+
+def learn(memory, classifier, records):
+    prompts = [Query(r.edit.prompt, r.edit.image) for r in records]
+    return memory.add([r.edit for r in records], classifier.embed(prompts, [r.edit.answer for r in records]))
+
+
+def test_after_an_undo_the_model_answers_as_before(path, classifier, mllm, records, queries, gold):
+    memory = remember(path, classifier, records[:6])
+    in_scope, logits = CounterfactualModel.beside(mllm).eval(), []
+    rho = classifier.similarity(classifier.embed(queries), memory.embeddings).amax(1)
+    model = RoutedModel(mllm, in_scope, ScopeRouter(classifier, memory, float(rho.median())))
+    hooks = [
+        part.register_forward_hook(lambda module, given, found: logits.append(found.logits))
+        for part in (mllm.model.language_model, in_scope.language_model)
+    ]
+
+    def ask():
+        logits.clear()
+        route, forced = model.router.route(queries), model.force(queries, gold)
+        return route.edit_id, route.rho, *logits, *(torch.from_numpy(f.top) for f in forced)
+
+    before = ask()
+    learn(memory, classifier, records[6:])
+    after = ask()
+    memory.undo()
+    back = ask()
+    memory.close()
+    model.router.memory = EditMemory.open(path, classifier.fingerprint()).at(1)
+    past = ask()
+    for hook in hooks:
+        hook.remove()
+    assert not torch.equal(before[0], after[0])
+    for found in (back, past):
+        assert len(found) == len(before)
+        assert all(torch.equal(a, b) for a, b in zip(before, found, strict=True))
+
+
+# ------------------------------------------------------------------------------- indexed
+
+
+def test_the_index_finds_what_exact_search_finds(path, image):
+    torch.manual_seed(0)
+    n, dim = 2000, 32
+    z = torch.nn.functional.normalize(torch.randn(n, dim), dim=-1)
+    memory = EditMemory.open(path, "abc", dim)
+    memory.add([Edit(str(image), f"t{i}", "y") for i in range(n)], z)
+    memory.index()
+    late = memory.add([Edit(str(image), "late", "y")], -z[:1])
+    memory.remove([5])
+    queries = torch.cat([z[:20], -z[:1]]) + 0.02 * torch.randn(21, dim)
+    distance, found = memory.nearest(queries, 3)
+    exact, ids = memory.nearest(queries, 3, exact=True)
+    assert torch.equal(found[:, 0], ids[:, 0]) and found[-1, 0] == late[0] and 5 not in found
+    assert torch.equal(distance[:, 0], exact[:, 0])
+    memory.close()
+    assert torch.equal(EditMemory.open(path, read_only=True).nearest(queries, 3)[1], found)
