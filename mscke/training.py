@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mscke.benchmark.sample import EditRecord, Query
-from mscke.classifier import Features, ScopeClassifier
+from mscke.classifier import ScopeClassifier
+from mscke.models.clip import Features
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.features import fingerprint
 from mscke.models.mllm import normalise_answer

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from mscke.benchmark.sample import Query
-from mscke.classifier import FUSIONS, SIMILARITIES, ClipEncoder, Features, ScopeClassifier
+from mscke.classifier import FUSIONS, SIMILARITIES, ScopeClassifier
+from mscke.models.clip import ClipEncoder, Features
 
 pytest_plugins = ["tiny"]
 

@@ -17,9 +17,10 @@ import torch
 
 from mscke.benchmark import load_benchmark
 from mscke.benchmark.sample import EditRecord, Query
-from mscke.classifier import ClipEncoder, Features, ScopeClassifier
+from mscke.classifier import ScopeClassifier
 from mscke.config import Track
 from mscke.editors.serac import MiniLMEncoder
+from mscke.models.clip import ClipEncoder, Features
 from mscke.training import AS_RELEASED, FINE_GRAINED, encode_records, train_classifier
 from mscke.workers import in_processes
 

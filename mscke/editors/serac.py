@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from mscke.benchmark.sample import Query
-from mscke.classifier import Features, side_texts
+from mscke.models.clip import Features, side_texts
 from mscke.models.features import FeatureTable, fingerprint
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mscke.benchmark import Benchmark, load_benchmark
 from mscke.benchmark.sample import EditRecord, Query, open_image
-from mscke.classifier import ScopeClassifier, side_texts
+from mscke.classifier import ScopeClassifier
 from mscke.config import Track, get_track
 from mscke.editors import build
 from mscke.editors.finetune import FineTune
@@ -31,6 +31,7 @@ from mscke.editors.mscke import MSCKE
 from mscke.evaluation.cost import in_turns
 from mscke.evaluation.protocol import evaluate
 from mscke.memory import EditMemory
+from mscke.models.clip import side_texts
 from mscke.models.features import FeatureTable, ImageTable
 from mscke.models.mllm import MLLM
 from mscke.training import write_whole

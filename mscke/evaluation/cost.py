@@ -23,8 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mscke.benchmark.sample import EditRecord, Query
-from mscke.classifier import ScopeClassifier, side_texts
+from mscke.classifier import ScopeClassifier
 from mscke.memory import EditMemory
+from mscke.models.clip import side_texts
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.mllm import MLLM, generate
 

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from mscke.benchmark import EditRecord, load_benchmark
-from mscke.classifier import ClipEncoder, ScopeClassifier
+from mscke.classifier import ScopeClassifier
 from mscke.config import Track, get_track
 from mscke.evaluation.cost import (
     PARTS,
@@ -20,6 +20,7 @@ from mscke.evaluation.cost import (
     scope_components,
 )
 from mscke.memory import EditMemory
+from mscke.models.clip import ClipEncoder
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.mllm import MLLM
 from mscke.workers import in_processes
