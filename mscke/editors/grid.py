@@ -60,12 +60,14 @@ class Spec:
 class SentencePatchEncoder:
     """MiniLM's text beside a CLIP's image: switches the text encoder alone.
 
-    The two share no space: ``cosine``, by which ``dot`` points at patches, is still that of the CLIP's text.
+    The two share no space: ``cosine``, by which ``dot`` points at patches, is still that of the CLIP's text,
+    and so are the words.
     """
 
     def __init__(self, sentences: MiniLMEncoder, clip: ClipEncoder):
         self.sentences, self.clip, self.model = sentences, clip, clip.model
-        self.text_dim, self.dim, self.patch_dim = sentences.text_dim, clip.dim, clip.patch_dim
+        self.text_dim = sentences.text_dim
+        self.dim, self.patch_dim, self.word_dim = clip.dim, clip.patch_dim, clip.word_dim
 
     def __call__(self, queries: Sequence[Query], answers: Sequence[str] | None = None) -> Features:
         return replace(self.clip(queries, answers), text=self.sentences(queries, answers).text)
@@ -98,12 +100,12 @@ class Shared:
                 self.encoders[name] = ClipEncoder(self.track.clips[name], cache=self.track.features)
         return self.encoders[name]
 
-    def fresh(self, spec: Spec) -> ScopeClassifier:
+    def fresh(self, spec: Spec, kind: type[ScopeClassifier] = ScopeClassifier) -> ScopeClassifier:
         """The classifier before training."""
         clip, encoder = (spec.encoder or self.track.clip).rpartition("+")[2], self.encoder(spec.encoder)
         torch.manual_seed(spec.seed)  # once the encoder is there: loading it draws random numbers
         name = self.track.clips.get(clip, "all-MiniLM-L6-v2")
-        return ScopeClassifier(name, None, spec.fusion, spec.similarity, encoder=encoder)
+        return kind(name, None, spec.fusion, spec.similarity, encoder=encoder)
 
     def trained(self, spec: Spec) -> tuple[ScopeClassifier, pd.DataFrame]:
         """The classifier, trained or read, and its curve."""

@@ -74,7 +74,7 @@ def encoding(
     clip = encoder.model
 
     def embed(n: int) -> Tensor:
-        encoder.texts = FeatureTable(lambda keys: (clip.encode_text(torch.stack([tokens[k] for k in keys])),))
+        encoder.texts = FeatureTable(lambda keys: encoder.read(torch.stack([tokens[k] for k in keys])))
         encoder.images = FeatureTable(lambda keys: clip.visual(torch.stack([pixels[k] for k in keys])))
         return classifier(encoder(queries[:n], answers and answers[:n]))
 

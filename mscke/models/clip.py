@@ -1,7 +1,7 @@
 """A frozen CLIP, loaded through open_clip, and the features of (image, text) pairs that it gives.
 
 Nothing here is trained. A scope classifier (:mod:`mscke.classifier`) reads :class:`Features`, whoever made
-them: anything with ``text_dim``, ``dim``, ``patch_dim``, ``model`` and this call may stand for a CLIP.
+them: anything with ``text_dim``, ``dim``, ``patch_dim``, ``word_dim``, ``model`` and this call may stand for a CLIP.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import text_global_pool
 from torch import Tensor
 
 from mscke.benchmark.sample import Query, open_image
@@ -27,6 +28,8 @@ class Features:
     ``text`` (B, d) and ``pooled`` (I, d) lie in CLIP's joint space; ``tokens`` (I, P, d_v) are the
     images' patch tokens; ``image`` (B,) says which image a pair has, −1 for none; ``cosine`` (B, P) is
     that of the text with each patch of its image in the joint space (anything without an image).
+    ``words`` (U, T, d_w) are the states of the words of distinct texts, zero where a text has ended;
+    ``said`` (B,) says which of them a pair has.
     """
 
     text: Tensor
@@ -34,9 +37,12 @@ class Features:
     pooled: Tensor
     tokens: Tensor
     cosine: Tensor
+    words: Tensor
+    said: Tensor
 
     def select(self, rows: Tensor) -> Features:
-        return replace(self, text=self.text[rows], image=self.image[rows], cosine=self.cosine[rows])
+        per_pair = ("text", "image", "cosine", "said")
+        return replace(self, **{name: getattr(self, name)[rows] for name in per_pair})
 
 
 class ClipEncoder:
@@ -53,13 +59,22 @@ class ClipEncoder:
         picture = PreprocessCfg(**self.model.visual.preprocess_cfg)
         self.preprocess = image_transform_v2(picture, is_train=False)
         self.patch_dim, self.dim = self.model.visual.proj.shape
-        self.text_dim = self.dim
+        self.text_dim, self.word_dim = self.dim, self.model.token_embedding.embedding_dim
         key = fingerprint(self.model)
-        self.texts = FeatureTable(self._encode_texts, cache and cache / f"clip-text-{key}.safetensors")
+        self.texts = FeatureTable(self._encode_texts, cache and cache / f"clip-words-{key}.safetensors")
         self.images = ImageTable(self._encode_images, cache and cache / f"clip-image-{key}.safetensors")
 
-    def _encode_texts(self, texts: list[str]) -> tuple[Tensor]:
-        return (self.model.encode_text(self.tokenizer(texts)),)
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of tokenised texts (B, T): their embeddings (B, d), and the last states (B, T, d_w) of their words."""
+        found = self.model.forward_intermediates(
+            text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
+        )
+        place = torch.arange(tokens.shape[1]).expand_as(tokens).unsqueeze(-1)
+        end = text_global_pool(place, tokens, self.model.text_pool_type, self.model.text_eos_id)
+        return found["text_features"], found["text_intermediates"][0] * (place <= end.unsqueeze(1))
+
+    def _encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        return self.read(self.tokenizer(texts))
 
     def _encode_images(self, paths: list[str]) -> tuple[Tensor, Tensor]:
         return self.model.visual(torch.stack([self.preprocess(open_image(p)) for p in paths]))
@@ -69,17 +84,18 @@ class ClipEncoder:
         """Encode (B) queries; ``answers`` are appended to the text on the edit side."""
         texts = side_texts(queries, answers)
         paths = list(dict.fromkeys(q.image for q in queries if q.image is not None))
-        rows = self.texts(texts)
-        text = self.texts.columns[0][rows]
+        said = self.texts(texts)
+        embeddings, words = self.texts.columns
+        text = embeddings[said]
         if not paths:
             nothing = torch.zeros(1, self.dim), torch.zeros(1, 1, self.patch_dim), torch.zeros(len(texts), 1)
-            return Features(text, torch.full((len(texts),), -1), *nothing)
+            return Features(text, torch.full((len(texts),), -1), *nothing, words, said)
         rows = self.images(paths)
         pooled, tokens = (column[rows] for column in self.images.columns)
         place = {path: i for i, path in enumerate(paths)}
         image = torch.tensor([place.get(q.image, -1) for q in queries])
         cosine = patch_cosine(text, tokens @ self.model.visual.proj, image)
-        return Features(text, image, pooled, tokens, cosine)
+        return Features(text, image, pooled, tokens, cosine, words, said)
 
 
 def side_texts(queries: Sequence[Query], answers: Sequence[str] | None) -> list[str]:
