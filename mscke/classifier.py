@@ -23,7 +23,8 @@ from mscke.models.attention import attend_folded, sum_patches
 from mscke.models.clip import ClipEncoder, Features
 from mscke.models.features import fingerprint
 
-FUSIONS = ("text", "concat", "dot_pooled", "cross", "dot")
+FUSIONS = ("text", "concat", "dot_pooled", "cross", "dot")  # those that the paper speaks of
+OURS = ("grounded",)
 SIMILARITIES = ("logistic", "exponential")
 
 
@@ -36,7 +37,10 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
       a single image the attention has one key, so it is the image itself: with a head for each half
       the image halves of two pairs on one image cancel, and ρ depends on the text alone;
     * ``cross``: learned multi-head cross-attention of the text over the patch tokens;
-    * ``dot``: dot-product attention in CLIP's joint space, of the text over the image's patches.
+    * ``dot``: dot-product attention in CLIP's joint space, of the text over the image's patches;
+    * ``grounded`` (ours): ``dot``, and beside what the text points at what a few learned readers take from
+      its words. CLIP's one vector a text is made to find a thing in a picture: it tells *which* entity is
+      meant and hardly *what* is asked of it. The states of the words, which the same pass gives, do.
 
     ``similarity``: with d² = ‖z_e − z_q‖²,
     * ``logistic`` (default): ρ = σ(s·(m − d²)) on unit vectors, s and m learned. Its log-likelihood
@@ -44,6 +48,8 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
     * ``exponential``: ρ = exp(−d²) on unnormalised z, as released; a loss taken on ρ itself has no
       gradient left at d² ≈ 60, so both are trained through :meth:`logit`.
     """
+
+    readers = 4  # of ``grounded``
 
     def __init__(
         self,
@@ -55,8 +61,8 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
         encoder: ClipEncoder | None = None,
     ):
         super().__init__()
-        if fusion not in FUSIONS or similarity not in SIMILARITIES:
-            raise ValueError(f"fusion must be one of {FUSIONS} and similarity one of {SIMILARITIES}")
+        if fusion not in FUSIONS + OURS or similarity not in SIMILARITIES:
+            raise ValueError(f"fusion must be one of {FUSIONS + OURS} and similarity one of {SIMILARITIES}")
         self.fusion, self.kind = fusion, similarity
         self.dim = 2 * width if fusion == "dot_pooled" else width
         encoder = encoder or ClipEncoder(clip, pretrained)
@@ -65,6 +71,7 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
         self.no_image = nn.Parameter(torch.randn(d_v) * d_v**-0.5)  # stands for "there is no picture"
         self.temperature = nn.Parameter(torch.tensor(3.0))  # log; of the dot-product attention
         inputs = {"text": d_t, "dot_pooled": d_t, "concat": d_t + d}.get(fusion, d_t + d + d_v)
+        inputs += self.readers * encoder.word_dim * (fusion == "grounded")
         self.head = nn.Sequential(
             nn.LayerNorm(inputs), nn.Linear(inputs, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
@@ -73,6 +80,8 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
         if fusion == "cross":
             self.query = nn.Linear(d_t, d_v)
             self.attention = nn.MultiheadAttention(d_v, 4, batch_first=True)
+        if fusion == "grounded":
+            self.reader = nn.Linear(encoder.word_dim, self.readers, bias=False)
         self.scale = nn.Parameter(torch.tensor(1.5))  # log s
         self.margin = nn.Parameter(torch.tensor(1.0))  # m
 
@@ -90,7 +99,8 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
             halves = self._unit(self.head(f.text)), self._unit(self.image_head(pooled))
             return torch.cat(halves, -1) * (2**-0.5 if self.kind == "logistic" else 1.0)
         attended = torch.where(seen, self.attend(f)[0], self.no_image)
-        return self._unit(self.head(torch.cat([f.text, attended, pooled], -1)))
+        read = [self.read(f)[0]] if self.fusion == "grounded" else []
+        return self._unit(self.head(torch.cat([f.text, attended, pooled, *read], -1)))
 
     def attend(self, f: Features) -> tuple[Tensor, Tensor]:
         """What the text attends to: (attended patch tokens (B, d_v), weights (B, P))."""
@@ -99,6 +109,13 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
             return attend_folded(self.attention, self.query(f.text), f.tokens[f.image])
         weights = (self.temperature.exp() * f.cosine).softmax(-1)
         return sum_patches(weights, f.tokens, f.image), weights
+
+    def read(self, f: Features) -> tuple[Tensor, Tensor]:
+        """What the readers take from a text: (their word states side by side (B, readers · d_w), weights (B, T, readers))."""
+        words = f.words[f.said]
+        ended = ~words.any(-1, keepdim=True)
+        weights = self.reader(words).masked_fill(ended, -torch.inf).softmax(1)
+        return (weights.mT @ words).flatten(1), weights
 
     def _unit(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1) if self.kind == "logistic" else z

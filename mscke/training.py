@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mscke.benchmark.sample import EditRecord, Query
 from mscke.checkpoint import write_whole as write_whole  # for those above
-from mscke.classifier import Features, ScopeClassifier
+from mscke.classifier import ScopeClassifier
 from mscke.fit import fit
+from mscke.models.clip import Features
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM, in_batches, normalise_answer

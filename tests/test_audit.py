@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from mscke.benchmark import load_records
 from mscke.benchmark.generate import record
 from mscke.benchmark.scenes import render
-from mscke.classifier import ClipEncoder, ScopeClassifier
+from mscke.classifier import ScopeClassifier
 from mscke.config import get_track
 from mscke.editors.finetune import FineTune
 from mscke.editors.mend import MEND, MendNetworks
 from mscke.editors.mscke import MSCKE
 from mscke.editors.serac import MiniLMEncoder
 from mscke.evaluation.protocol import evaluate
+from mscke.models.clip import ClipEncoder
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.mllm import MLLM
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from mscke.benchmark.sample import Query
-from mscke.classifier import FUSIONS, SIMILARITIES, ClipEncoder, Features, ScopeClassifier
+from mscke.classifier import FUSIONS, OURS, SIMILARITIES, ScopeClassifier
+from mscke.models.clip import ClipEncoder
 
 pytest_plugins = ["tiny"]
 
@@ -38,7 +40,7 @@ def on_image(queries, image):
     return [Query(q.question, image) for q in queries]
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", FUSIONS + OURS)
 def test_embeddings_do_not_depend_on_the_batch(make, queries, fusion):
     classifier = make(fusion)
     together = classifier.embed(queries)
@@ -65,13 +67,13 @@ def test_cached_features_are_those_computed_anew(clip_name, encoder, queries, tm
     monkeypatch.setattr(ClipEncoder, "_encode_images", never)
     cached = ClipEncoder(clip_name, cache=tmp_path)(queries)
     monkeypatch.undo()
-    for name in ("text", "image", "pooled", "tokens", "cosine"):
+    for name in ("text", "image", "pooled", "tokens", "cosine", "words", "said"):
         fresh = getattr(ClipEncoder(clip_name)(queries), name)
         torch.testing.assert_close(getattr(cached, name), fresh, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", FUSIONS + OURS)
 def test_similarity_is_the_published_formula(make, records, queries, fusion, similarity):
     classifier = make(fusion, similarity)
     z_edit, z_query = classifier.embed(*edits_of(records)), classifier.embed(queries)
@@ -155,10 +157,41 @@ def test_cross_attention_is_torchs_own(make, encoder, queries):
     torch.testing.assert_close(weights, expected_weights.squeeze(1), atol=1e-6, rtol=1e-4)
 
 
+def test_words_are_the_last_states_of_one_pass_and_end_with_the_text(encoder, queries):
+    texts = [q.question for q in queries]
+    tokens, clip = encoder.tokenizer(texts), encoder.model
+    embeddings, words = encoder.read(tokens)
+    assert torch.equal(embeddings, clip.encode_text(tokens))
+    assert torch.equal(words.any(-1), tokens != encoder.tokenizer.tokenizer.pad_token_id)
+    ends = (tokens == clip.text_eos_id).int().argmax(1)
+    torch.testing.assert_close(words[torch.arange(len(texts)), ends] @ clip.text_projection, embeddings)
+
+
+def test_readers_are_a_softmax_over_the_words(make, encoder, queries):
+    classifier, f = make("grounded"), encoder(queries)
+    read, weights = classifier.read(f)
+    torch.testing.assert_close(weights.sum(1), torch.ones(len(queries), classifier.readers))
+    directions = classifier.reader.weight.double()
+    for i, row in enumerate(f.said.tolist()):
+        words = f.words[row][f.words[row].any(-1)].double()
+        assert not weights[i, len(words) :].any()  # nothing is read past a text's end
+        expected = (words @ directions.T).softmax(0).T @ words
+        np.testing.assert_allclose(read[i].detach(), expected.flatten().detach(), atol=1e-4)
+
+
+def test_a_grounded_embedding_depends_on_what_is_asked_and_on_what_it_is_asked_of(make, encoder, queries):
+    classifier, f = make("grounded"), encoder([q for q in queries if q.image])
+    z = classifier(f)
+    for changed in (replace(f, said=f.said.roll(1)), replace(f, tokens=f.tokens.roll(1, 0))):
+        assert bool((classifier(changed) != z).any(-1).all())
+    dot = make("dot")
+    assert torch.equal(dot(replace(f, said=f.said.roll(1))), dot(f))
+
+
 def test_attention_over_one_key_is_that_key(make, encoder, queries):
     """Which is why dot-product attention over a single pooled image, as released, is concatenation."""
     classifier, f = make("dot"), encoder([q for q in queries if q.image])
-    one = Features(f.text, f.image, f.pooled, f.tokens[:, :1], f.cosine[:, :1])
+    one = replace(f, tokens=f.tokens[:, :1], cosine=f.cosine[:, :1])
     attended, weights = classifier.attend(one)
     assert torch.equal(weights, torch.ones_like(weights))
     assert torch.equal(attended, f.tokens[f.image, 0])
@@ -194,7 +227,7 @@ def test_released_form_sees_when_the_images_differ(make, records):
     assert classifier.similarity(z, edit).item() > classifier.similarity(other, edit).item()
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", FUSIONS + OURS)
 def test_the_no_image_token_matters_to_text_only_queries_alone(make, queries, fusion):
     classifier = make(fusion)
     before = classifier.embed(queries)
@@ -206,7 +239,7 @@ def test_the_no_image_token_matters_to_text_only_queries_alone(make, queries, fu
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", FUSIONS + OURS)
 def test_save_and_load(make, encoder, records, queries, tmp_path, fusion, similarity):
     classifier = make(fusion, similarity)
     classifier.save_pretrained(tmp_path)

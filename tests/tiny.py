@@ -11,7 +11,7 @@ from transformers import Blip2VisionModel, LlamaForCausalLM, OPTForCausalLM
 
 from mscke.benchmark.generate import generate
 from mscke.benchmark.sample import load_records
-from mscke.classifier import ClipEncoder
+from mscke.models.clip import ClipEncoder
 from mscke.models.mllm import MLLM
 from mscke.models.pretrain import bridge, clip, language, text
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,7 +45,7 @@ ATTRIBUTES = {
 OUT_OF_SCOPE = {"other_entity": 0.82, "same_wording": 0.08, "other_attribute": 0.10}
 
 
-def _choice(rng: np.random.Generator, options):
+def choice(rng: np.random.Generator, options):
     """One of ``options``: a sequence (uniform) or a dict of weights."""
     if isinstance(options, dict):
         weights = np.fromiter(options.values(), float)
@@ -70,7 +71,7 @@ def _candidates(scene: Scene, entity: Entity, edit: Reference) -> list[Reference
     return [r for r in other if _cells(r) & _cells(edit)]
 
 
-def _ask(
+def ask(
     rng: np.random.Generator, scene: Scene, attribute: str, entity: Entity, twin: Entity, edit: Reference
 ) -> Question | None:
     """A question about ``entity``, referred to in a way in which ``twin`` could be referred to as well.
@@ -88,11 +89,11 @@ def _ask(
     weights = {k: w for k, w in EDIT_REFERENCES.items() if k in shared}
     if not weights:
         return None
-    kind = _choice(rng, weights)
-    return Question(attribute, _choice(rng, [r for r in found if r.kind == kind]), wording=wording)
+    kind = choice(rng, weights)
+    return Question(attribute, choice(rng, [r for r in found if r.kind == kind]), wording=wording)
 
 
-def _new_kind(rng: np.random.Generator, scene: Scene, target: Entity, attribute: str) -> str:
+def new_kind(rng: np.random.Generator, scene: Scene, target: Entity, attribute: str) -> str:
     """What a counterfactual edit makes of ``target``, so that the answer to ``attribute`` changes."""
     taken, old = {e.kind for e in scene.entities}, KINDS[target.kind]
     pool = [k for k in KNOWN if k not in taken]
@@ -102,7 +103,7 @@ def _new_kind(rng: np.random.Generator, scene: Scene, target: Entity, attribute:
         pool = [k for k in pool if KINDS[k].category != old.category]
     elif rng.random() < SAME_CATEGORY:
         pool = [k for k in pool if KINDS[k].category == old.category]
-    return _choice(rng, pool)
+    return choice(rng, pool)
 
 
 def _hardness(question: Question) -> str:
@@ -120,36 +121,36 @@ def build_record(rng: np.random.Generator, facts: list[tuple[str, str]]) -> tupl
     correction = bool(rng.random() < CORRECTIONS)
     # whether a kind is present, or how many of a category, has no counterpart for an unknown entity
     attributes = {a: w for a, w in ATTRIBUTES.items() if a in IDENTITY} if correction else ATTRIBUTES
-    asked_inside, asked_outside = _choice(rng, attributes), _choice(rng, attributes)
-    hardness = _choice(rng, OUT_OF_SCOPE)
+    asked_inside, asked_outside = choice(rng, attributes), choice(rng, attributes)
+    hardness = choice(rng, OUT_OF_SCOPE)
     while True:
         scene = sample_scene_of(rng, RECORD_FOLD, n=int(rng.integers(3, 5)))
         target, other = (scene.entities[i] for i in rng.permutation(len(scene.entities))[:2])
         if correction:
-            edited = _choice(rng, HELD_OUT)
+            edited = choice(rng, HELD_OUT)
             scene = after = scene.with_kind(target.cell, edited)
             before = scene.with_kind(target.cell, None)
         else:
-            edited = _new_kind(rng, scene, target, asked_inside)
+            edited = new_kind(rng, scene, target, asked_inside)
             before, after = scene, scene.with_kind(target.cell, edited)
         target = before.at(target.cell)
         found = references(before, target, tuple(EDIT_REFERENCES))
-        kind = _choice(rng, {k: w for k, w in EDIT_REFERENCES.items() if any(r.kind == k for r in found)})
-        reference = _choice(rng, [r for r in found if r.kind == kind])
+        kind = choice(rng, {k: w for k, w in EDIT_REFERENCES.items() if any(r.kind == k for r in found)})
+        reference = choice(rng, [r for r in found if r.kind == kind])
         wording = int(rng.integers(3))
         prompt = Question("name", reference, wording=wording)
         # another template and the other noun phrase
         rephrase = Question("name", reference, wording=(wording + int(rng.integers(1, 3))) % 3 + 3)
-        inside = _ask(rng, before, asked_inside, target, other, reference)
+        inside = ask(rng, before, asked_inside, target, other, reference)
         if hardness == "same_wording":
             alike = references(before, other, (reference.kind,))
-            outside = Question("name", _choice(rng, alike), wording=wording) if alike else None
+            outside = Question("name", choice(rng, alike), wording=wording) if alike else None
         elif hardness == "other_attribute":
-            attribute = _choice(rng, [a for a in ("colour", "place") if a != reference.kind])
+            attribute = choice(rng, [a for a in ("colour", "place") if a != reference.kind])
             left = [r for r in found if r.kind != attribute]
-            outside = Question(attribute, _choice(rng, left), wording=int(rng.integers(6))) if left else None
+            outside = Question(attribute, choice(rng, left), wording=int(rng.integers(6))) if left else None
         else:
-            outside = _ask(rng, before, asked_outside, other, target, reference)
+            outside = ask(rng, before, asked_outside, other, target, reference)
         if not inside or not outside:
             continue
         cell = target.cell
@@ -157,20 +158,39 @@ def build_record(rng: np.random.Generator, facts: list[tuple[str, str]]) -> tupl
             continue
         if in_scope(outside, before, after, cell) is not False:
             continue
-        loc, loc_ans = _choice(rng, facts)
-        return scene, {
-            "src": prompt.text(), "alt": edited, "rephrase": rephrase.text(),
-            "fg_gen_q": inside.text(), "fg_gen_a": inside.answer(after),
-            "fg_loc_q": outside.text(), "fg_loc_a": outside.answer(after),
-            "loc": loc, "loc_ans": loc_ans,
-            "meta": {
-                "correction": correction, "original": target.kind, "edited": edited, "cell": cell,
-                "reference": {"edit": reference.kind, "in_scope": _kind(inside), "out_of_scope": _kind(outside)},
-                "attribute": {"in_scope": inside.attribute, "out_of_scope": outside.attribute},
-                "hardness": {"in_scope": _hardness(inside), "out_of_scope": hardness},
-                "scene": asdict(scene),
-            },
-        }  # fmt: skip
+        asked = (prompt, rephrase, inside, outside)
+        return scene, as_row(scene, before, after, cell, asked, choice(rng, facts), hardness)
+
+
+def as_row(
+    scene: Scene,
+    before: Scene,
+    after: Scene,
+    cell: int,
+    asked: tuple[Question, Question, Question, Question],
+    locality: tuple[str, str],
+    hardness: str,
+) -> dict:
+    """FGVEdit's keys without ``image``, plus ``meta``, of the edit that turns ``before`` into ``after`` in ``cell``.
+
+    ``asked``: the edit prompt, its rephrasing, the in-scope and the out-of-scope question; ``hardness``
+    is the latter's. ``scene`` is what the picture shows.
+    """
+    prompt, rephrase, inside, outside = asked
+    original, edited = before.at(cell).kind, after.at(cell).kind
+    return {
+        "src": prompt.text(), "alt": edited, "rephrase": rephrase.text(),
+        "fg_gen_q": inside.text(), "fg_gen_a": inside.answer(after),
+        "fg_loc_q": outside.text(), "fg_loc_a": outside.answer(after),
+        "loc": locality[0], "loc_ans": locality[1],
+        "meta": {
+            "correction": original is None, "original": original, "edited": edited, "cell": cell,
+            "reference": {"edit": _kind(prompt), "in_scope": _kind(inside), "out_of_scope": _kind(outside)},
+            "attribute": {"in_scope": inside.attribute, "out_of_scope": outside.attribute},
+            "hardness": {"in_scope": _hardness(inside), "out_of_scope": hardness},
+            "scene": asdict(scene),
+        },
+    }  # fmt: skip
 
 
 def _kind(question: Question) -> str:
@@ -193,16 +213,21 @@ def generate(root: Path, split: str, size: int, seed: int = 0) -> Path:
     written last, so its presence means that every image is there; what is there already is kept
     when its length and last record are those of ``size`` and ``seed``.
     """
-    path = root / f"{split}_data.json"
+    return write_records(root / f"{split}_data.json", size, lambda number: record(split, number, seed))
+
+
+def write_records(path: Path, size: int, make: Callable[[int], tuple[Scene, dict]]) -> Path:
+    """Write records 0 … ``size`` − 1 of ``make`` to ``path`` and their images beside it, as :func:`generate` does."""
+    root = path.parent
     if path.exists():
-        there, last = json.loads(path.read_text()), json.dumps(record(split, size - 1, seed)[1])
+        there, last = json.loads(path.read_text()), json.dumps(make(size - 1)[1])
         if len(there) == size and there[-1] == json.loads(last):
             return path
         path.unlink()  # its images are about to be replaced
-    (root / split).mkdir(parents=True, exist_ok=True)
     rows = []
-    for number in tqdm(range(size), desc=f"{split} scenes", mininterval=2):
-        scene, row = record(split, number, seed)
+    for number in tqdm(range(size), desc=f"{path.stem.removesuffix('_data')} scenes", mininterval=2):
+        scene, row = make(number)
+        (root / row["image"]).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(render(scene)).save(root / row["image"], compress_level=1)
         rows.append(row)
     temporary = path.with_suffix(".tmp")

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from mscke.benchmark import Benchmark, load_benchmark
-from mscke.classifier import ClipEncoder, ScopeClassifier
+from mscke.classifier import ScopeClassifier
 from mscke.config import Track, get_track
 from mscke.editors.base import Editor
 from mscke.editors.finetune import FineTune
@@ -22,6 +22,7 @@ from mscke.editors.ike import IKE, choose_k
 from mscke.editors.mend import MEND, MendNetworks, train_mend
 from mscke.editors.mscke import MSCKE
 from mscke.editors.serac import MiniLMEncoder
+from mscke.models.clip import ClipEncoder
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM

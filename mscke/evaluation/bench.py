@@ -75,7 +75,7 @@ def encoding(
 
     def embed(n: int) -> Tensor:
         stack = lambda known, keys: torch.stack([known[k] for k in keys]).to(encoder.device)  # noqa: E731
-        encoder.texts = FeatureTable(lambda keys: (clip.encode_text(stack(tokens, keys)),))
+        encoder.texts = FeatureTable(lambda keys: encoder.read(stack(tokens, keys)))
         encoder.images = FeatureTable(
             lambda keys: clip.visual(stack(pixels, keys)), dtype=encoder.images.dtype
         )

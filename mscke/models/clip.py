@@ -1,4 +1,8 @@
-"""A frozen CLIP, loaded through open_clip: every image and every text is encoded once, and kept."""
+"""A frozen CLIP, loaded through open_clip, and the features of (image, text) pairs that it gives.
+
+Nothing here is trained. A scope classifier (:mod:`mscke.classifier`) reads :class:`Features`, whoever made
+them: anything with ``text_dim``, ``dim``, ``patch_dim``, ``word_dim``, ``model`` and this call may stand for a CLIP.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,14 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import text_global_pool
 from torch import Tensor
 
 from mscke.benchmark.sample import Query, open_image
 from mscke.models.attention import patch_cosine
 from mscke.models.features import FeatureTable, ImageTable, fingerprint
+
+WORDS = 32  # of a text, that are kept: those of a real CLIP have room for 77
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,8 @@ class Features:
     ``text`` (B, d) and ``pooled`` (I, d) lie in CLIP's joint space; ``tokens`` (I, P, d_v) are the
     images' patch tokens; ``image`` (B,) says which image a pair has, −1 for none; ``cosine`` (B, P) is
     that of the text with each patch of its image in the joint space (anything without an image).
+    ``words`` (U, T, d_w) are the states of the words of distinct texts, zero where a text has ended;
+    ``said`` (B,) says which of them a pair has.
     """
 
     text: Tensor
@@ -30,9 +39,12 @@ class Features:
     pooled: Tensor
     tokens: Tensor
     cosine: Tensor
+    words: Tensor
+    said: Tensor
 
     def select(self, rows: Tensor) -> Features:
-        return replace(self, text=self.text[rows], image=self.image[rows], cosine=self.cosine[rows])
+        per_pair = ("text", "image", "cosine", "said")
+        return replace(self, **{name: getattr(self, name)[rows] for name in per_pair})
 
     def parts(self) -> list[Features]:
         """To be computed one after the other: all pairs, or 1,024 at a time of those in half precision."""
@@ -40,12 +52,14 @@ class Features:
         return [self] if self.tokens.dtype == torch.float32 else [self.select(part) for part in rows]
 
     def to(self, device: torch.device) -> Features:
-        """In float32 on ``device``, with the images of these pairs alone."""
+        """In float32 on ``device``, with the images and the words of these pairs alone."""
         if device.type == "cpu" and self.tokens.dtype == torch.float32:
             return self
-        used, place = self.image.clamp(min=0).unique(return_inverse=True)
+        images, place = self.image.clamp(min=0).unique(return_inverse=True)
         image = torch.where(self.image >= 0, place, -1)
-        parts = (self.text, image, self.pooled[used].float(), self.tokens[used].float(), self.cosine)
+        texts, said = self.said.unique(return_inverse=True)
+        seen = self.pooled[images].float(), self.tokens[images].float()
+        parts = (self.text, image, *seen, self.cosine, self.words[texts].float(), said)
         return Features(*(part.to(device) for part in parts))
 
 
@@ -68,15 +82,28 @@ class ClipEncoder:
         picture = PreprocessCfg(**self.model.visual.preprocess_cfg)
         self.preprocess = image_transform_v2(picture, is_train=False)
         self.patch_dim, self.dim = self.model.visual.proj.shape
-        self.text_dim = self.dim
+        self.text_dim, self.word_dim = self.dim, self.model.token_embedding.embedding_dim
         key = fingerprint(self.model)
-        self.texts = FeatureTable(self._encode_texts, cache and cache / f"clip-text-{key}.safetensors")
-        table = f"clip-image-{key}{'-half' * half}.safetensors"
-        dtype = torch.float16 if half else torch.float32
-        self.images = ImageTable(self._encode_images, cache and cache / table, dtype=dtype)
+        kept = {"dtype": torch.float16} if half else {}
+        texts, images = (f"clip-{kind}-{key}{'-half' * half}.safetensors" for kind in ("words", "image"))
+        self.texts = FeatureTable(self._encode_texts, cache and cache / texts, **kept)
+        self.images = ImageTable(self._encode_images, cache and cache / images, **kept)
 
-    def _encode_texts(self, texts: list[str]) -> tuple[Tensor]:
-        return (self.model.encode_text(self.tokenizer(texts).to(self.device)),)
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of tokenised texts (B, T): their embeddings (B, d), and the last states of their words (B, T, d_w).
+
+        Of no more than :data:`WORDS` words: a question has fewer.
+        """
+        found = self.model.forward_intermediates(
+            text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
+        )
+        place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens).unsqueeze(-1)
+        end = text_global_pool(place, tokens, self.model.text_pool_type, self.model.text_eos_id)
+        words = found["text_intermediates"][0] * (place <= end.unsqueeze(1))
+        return found["text_features"], words[:, :WORDS]
+
+    def _encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        return self.read(self.tokenizer(texts).to(self.device))
 
     def _encode_images(self, paths: list[str]) -> tuple[Tensor, Tensor]:
         pixels = torch.stack([self.preprocess(open_image(p)) for p in paths])
@@ -87,11 +114,12 @@ class ClipEncoder:
         """Encode (B) queries; ``answers`` are appended to the text on the edit side."""
         texts = side_texts(queries, answers)
         paths = list(dict.fromkeys(q.image for q in queries if q.image is not None))
-        rows = self.texts(texts)
-        text = self.texts.columns[0][rows]
+        said = self.texts(texts)
+        embeddings, words = self.texts.columns
+        text = embeddings[said].float()
         if not paths:
             nothing = torch.zeros(1, self.dim), torch.zeros(1, 1, self.patch_dim), torch.zeros(len(texts), 1)
-            return Features(text, torch.full((len(texts),), -1), *nothing)
+            return Features(text, torch.full((len(texts),), -1), *nothing, words, said)
         rows = self.images(paths)
         if self.half:
             place = dict(zip(paths, rows.tolist(), strict=True))
@@ -99,7 +127,7 @@ class ClipEncoder:
             place = {path: i for i, path in enumerate(paths)}
         image = torch.tensor([place.get(q.image, -1) for q in queries])
         pooled, tokens = self.images.columns if self.half else (c[rows] for c in self.images.columns)
-        found = Features(text, image, pooled, tokens, torch.zeros(len(text), 1))
+        found = Features(text, image, pooled, tokens, torch.zeros(len(text), 1), words, said)
         return replace(found, cosine=torch.cat([self._point(part) for part in found.parts()]))
 
     def _point(self, f: Features) -> Tensor:
