@@ -93,7 +93,9 @@ def _kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
 def run_track(track: Track) -> pd.DataFrame:
     """Rows of every editor on every backbone (columns: :func:`mscke.evaluation.protocol.evaluate`)."""
     key = made_of()
-    folders = in_processes(run_backbone, [(track.name, b, key) for b in track.backbones], desc="backbones")
+    folders = in_processes(
+        run_backbone, [(track.name, b, key) for b in track.backbones], track.workers, "backbones"
+    )
     files = [folder / f"{method}.parquet" for folder in folders for method in build.METHODS]
     return pd.concat([pd.read_parquet(path) for path in files], ignore_index=True)
 
