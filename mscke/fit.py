@@ -48,18 +48,16 @@ def fit(
 
     ``loss(batch, part)`` is what the slice ``part`` of a batch's rows (long) adds to the batch's loss. Over
     parts it sums to that loss, so a step depends neither on the number of processes nor on ``accumulate``,
-    the number of parts that each takes one after the other. ``precision``: ``"no"``, ``"bf16"``, or by default
-    what ``accelerate launch`` was told. ``checkpointing``: where the model offers it, activations are
-    computed again instead of kept. ``clip``: the largest norm of a gradient.
+    the number of parts that each takes in turn. ``precision``: ``"no"``, ``"bf16"``, or what ``accelerate launch``
+    was told. ``checkpointing``: activations are computed again, not kept, where the model offers it. ``clip``:
+    the gradient's largest norm.
 
     A checkpoint is written every epoch, every ``save_every`` steps, and, when the run is interrupted, after
-    the step under way. It is all that a run needs to go on, replaced in one piece; weights and curve beside
-    it are for others to read. With ``patience`` a run ends when the validation loss (``held()``, or as
-    ``evaluate()`` has it) has not fallen for that many epochs, and the best epoch's weights are kept;
-    without it the last epoch's are.
+    the step under way; from it a run goes on as if never stopped. Weights and curve beside it are for others
+    to read. With ``patience`` a run ends when the validation loss (``held()``, or as ``evaluate()`` has it)
+    has not fallen for that many epochs, and the best epoch's weights are kept; without it the last one's.
 
-    Raises ValueError if ``folder`` holds a run that the arguments after it tell from this one, and for what
-    is not supported: fp16, and parameters sharded by FSDP, DeepSpeed or Megatron.
+    Raises ValueError if ``folder`` holds a run of other arguments, and as :func:`mscke.workers.accelerated`.
     """
     for part in model.modules() if checkpointing else ():
         if getattr(part, "supports_gradient_checkpointing", False):
@@ -192,7 +190,7 @@ class _Run:
             publish(self.folder, self.best or self.model.state_dict(), self.rows)
 
     def _save(self, within: dict) -> None:
-        """Replace the checkpoint, and after a whole epoch what others read; all processes wait until it is there."""
+        """Replace the checkpoint and, after a whole epoch, what others read. Every process waits for it."""
         state = {name: getattr(self, name).state_dict() for name in ("model", "optimiser", "schedule")}
         state |= {"made_of": self.made_of, "rows": self.rows, "best": self.best, "within": within}
         if self.accelerator.is_main_process:

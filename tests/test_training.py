@@ -1,6 +1,7 @@
 """Training: the loss is the paper's, runs repeat byte by byte, and an interrupted one goes on."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -46,9 +47,9 @@ def files(folder):
     return {name: (folder / name).read_bytes() for name in ("model.safetensors", "curve.csv")}
 
 
-def interrupt(monkeypatch, name, at):
-    """Let ``training.name`` raise as a key press would, at its ``at``-th call."""
-    original, calls = getattr(training, name), []
+def interrupt(monkeypatch, module, name, at):
+    """Let ``module.name`` raise as a key press would, at its ``at``-th call."""
+    original, calls = getattr(module, name), []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -56,7 +57,7 @@ def interrupt(monkeypatch, name, at):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(training, name, interrupted)
+    monkeypatch.setattr(module, name, interrupted)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
@@ -121,7 +122,7 @@ def test_interrupted_within_an_epoch_and_resumed_is_as_if_never_interrupted(
 ):
     whole = make()
     curve = fit(whole, tmp_path / "whole")
-    interrupt(monkeypatch, "scope_loss", at)  # 3 batches and 1 evaluation an epoch
+    interrupt(monkeypatch, training, "scope_loss", at)  # 3 batches and 1 evaluation an epoch
     with pytest.raises(KeyboardInterrupt):
         fit(make(), tmp_path / "part")
     monkeypatch.undo()
@@ -137,7 +138,7 @@ def test_interrupted_while_writing_and_resumed(make, fit, tmp_path, monkeypatch,
     """Whichever file is replaced last, what is on disk belongs together."""
     whole = make()
     fit(whole, tmp_path / "whole")
-    interrupt(monkeypatch, "write_whole", at)
+    interrupt(monkeypatch, os, "replace", at)
     with pytest.raises(KeyboardInterrupt):
         fit(make(), tmp_path / "part")
     monkeypatch.undo()
@@ -194,7 +195,7 @@ def test_dropout_repeats_and_resumes(dropping, records, tmp_path, monkeypatch):
     curve = fit(whole, tmp_path / "whole")
     assert set(curve.columns) == {"epoch", "loss", *(f"right_{r}" for r in ROLES[:3])}
     assert not whole.training
-    interrupt(monkeypatch, "write_whole", 4)  # the second epoch's first file
+    interrupt(monkeypatch, os, "replace", 4)  # the second epoch's first file
     with pytest.raises(KeyboardInterrupt):
         fit(dropping(), tmp_path / "part")
     monkeypatch.undo()
@@ -222,13 +223,19 @@ def test_validation_compares_as_the_metrics_do(blip2, records, tmp_path, monkeyp
     assert curve.filter(like="right_").iloc[0].tolist() == [1.0, 1.0, 1.0]
 
 
-def test_every_epoch_reads_each_record_once_in_an_order_of_its_own(tmp_path):
-    model, seen = torch.nn.Linear(1, 1), []
+def test_the_parts_of_a_batch_sum_to_its_loss(make, records):
+    """Whoever computes them: loss and gradients, the strangers' term included."""
+    classifier, few = make(), records[:5]
+    edits, queries = encode_records(classifier, few)
 
-    def loss(rows):
-        seen.extend(rows.tolist())
-        return model.weight.sum()
+    def gradient(parts):
+        classifier.zero_grad()
+        for part in parts:
+            own = torch.arange(25).unflatten(0, (5, 5))[part].flatten()
+            loss = scope_loss(classifier, edits, queries.select(own), FINE_GRAINED, 1.0, part)[0]
+            loss.backward()
+        return torch.cat([p.grad.flatten() for p in classifier.parameters() if p.grad is not None])
 
-    training.fit(model, loss, dict, 20, tmp_path, 3, 1e-3, 6, 0, {})
-    orders = [tuple(seen[i : i + 20]) for i in (0, 20, 40)]
-    assert all(sorted(order) == list(range(20)) for order in orders) and len(set(orders)) == 3
+    whole, apart = gradient([slice(None)]), gradient([slice(0, 2), slice(2, 3), slice(3, 5)])
+    assert whole.abs().max() > 1e-3
+    torch.testing.assert_close(apart, whole, rtol=1e-4, atol=1e-6)

@@ -204,8 +204,5 @@ def train_mend(
 
     frozen = fingerprint(mend.base.model)
     made_of = {"records": digest(train), "frozen": frozen, "c_edit": c_edit, "c_loc": c_loc}
-    run, held = (
-        (folder, epochs, lr, batch_size, seed, made_of),
-        partial(held_loss, share, validation, batch_size),
-    )
-    return fit(mend.networks, of_rows(share, train), evaluate, len(train), *run, held, **options)
+    run = (folder, epochs, lr, batch_size, seed, made_of, partial(held_loss, share, validation, batch_size))
+    return fit(mend.networks, of_rows(share, train), evaluate, len(train), *run, **options)
