@@ -7,31 +7,31 @@ two ways in turns, as the median of the rounds:
   released way encodes the whole memory again for each query;
 * ``evaluate``: n records edited and asked, in one batch or one by one: as released (query after query,
   nothing kept), and as ``evaluate_records`` (record after record, what was computed is kept);
-* ``finetune``: n edits fine-tuned at once, or in a loop.
+* ``finetune``: n edits fine-tuned at once, or in a loop;
+* ``memory_…``: the memory up to a million edits, in RAM and on disk (:mod:`mscke.evaluation.bench_memory`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mscke.benchmark import Benchmark, load_benchmark
-from mscke.benchmark.sample import EditRecord, Query, open_image
+from mscke.benchmark.sample import EditRecord
 from mscke.classifier import ScopeClassifier
 from mscke.config import Track, get_track
 from mscke.editors import build
 from mscke.editors.finetune import FineTune
 from mscke.editors.mscke import MSCKE
-from mscke.evaluation.cost import in_turns
+from mscke.evaluation import bench_memory
+from mscke.evaluation.bench_timing import alike, compare, encoding
 from mscke.evaluation.protocol import evaluate
 from mscke.memory import EditMemory
-from mscke.models.clip import side_texts
 from mscke.models.features import FeatureTable, ImageTable
 from mscke.models.mllm import MLLM, in_batches
 from mscke.training import write_whole
@@ -41,58 +41,6 @@ POOL = 64  # edits that stand for all when a memory is encoded again; also the b
 N_RECORDS = 64  # that are evaluated and fine-tuned
 PATIENCE = 5.0  # seconds a query, after which the released way is not measured further
 BUDGET = 12  # times that for a comparison of records
-
-
-def compare(
-    name: str, n: int, unit: str, ways: Mapping[str, Callable[[], object]], per: int = 1, **timing
-) -> list[dict]:
-    """Time ``ways`` in turns: a row for each of them but "ours", of seconds divided by ``per``.
-
-    "baseline" goes by ``name``, any other by ``name``_way; with "ours" alone the baseline is missing.
-    """
-    taken = {way: float(np.median(seconds)) / per for way, seconds in in_turns(ways, **timing).items()}
-    ours = taken.pop("ours")
-    return [
-        {
-            "name": name if way == "baseline" else f"{name}_{way}", "n": n, "ours": ours,
-            "baseline": seconds, "ratio": seconds / ours, "unit": f"s/{unit}",
-        }
-        for way, seconds in (taken or {"baseline": float("nan")}).items()
-    ]  # fmt: skip
-
-
-def encoding(
-    classifier: ScopeClassifier, queries: Sequence[Query], answers: Sequence[str] | None = None
-) -> Callable[[int], Tensor]:
-    """The classifier's whole pass over the first n pairs, nothing kept from one call to the next.
-
-    Images are read and texts tokenised beforehand: what is timed is the networks.
-    """
-    encoder, texts = copy.copy(classifier.encoder), side_texts(queries, answers)
-    pixels = {q.image: encoder.preprocess(open_image(q.image)) for q in queries}
-    tokens = dict(zip(texts, encoder.tokenizer(texts), strict=True))
-    clip = encoder.model
-
-    def embed(n: int) -> Tensor:
-        stack = lambda known, keys: torch.stack([known[k] for k in keys]).to(encoder.device)  # noqa: E731
-        encoder.texts = FeatureTable(lambda keys: encoder.read(stack(tokens, keys)))
-        encoder.images = FeatureTable(
-            lambda keys: clip.visual(stack(pixels, keys)), dtype=encoder.images.dtype
-        )
-        return classifier(encoder(queries[:n], answers and answers[:n]))
-
-    return embed
-
-
-def alike(real: Tensor, n: int, seed: int = 0) -> Tensor:
-    """n embeddings (n, d): the real ones first, then draws from a normal of their mean and covariance.
-
-    What an exact search costs does not depend on the values.
-    """
-    values, vectors = torch.linalg.eigh(real.T.cov())
-    noise = torch.randn(max(0, n - len(real)), real.shape[1], generator=torch.Generator().manual_seed(seed))
-    drawn = real.mean(0) + (noise * values.clamp(min=0).sqrt()) @ vectors.T
-    return torch.cat([real[:n], F.normalize(drawn, dim=-1) * real.norm(dim=-1).mean()])
 
 
 def memory_of(classifier: ScopeClassifier, records: Sequence[EditRecord], n: int) -> EditMemory:
@@ -203,11 +151,14 @@ def run(track: Track, bench: Benchmark) -> pd.DataFrame:
     in_scope, _ = build.counterfactual(track, bench, base)
     classifier, _ = build.classifier(track, "MSCKE")
     few = bench.test[:N_RECORDS]
-    table = pd.DataFrame([
-        *route(classifier, bench.test, patience=track.patience),
-        *evaluation(MSCKE(base, in_scope, classifier), base, few, track.name, track.patience),
-        *fine_tuning(FineTune(base), few, track.edits_at_once, track.patience),
-    ])  # fmt: skip
+    sizes = bench_memory.SIZES if track.name == "mini" else bench_memory.SIZES[:4]
+    with tempfile.TemporaryDirectory(dir=track.outputs) as folder:
+        table = pd.DataFrame([
+            *route(classifier, bench.test, patience=track.patience),
+            *evaluation(MSCKE(base, in_scope, classifier), base, few, track.name, track.patience),
+            *fine_tuning(FineTune(base), few, track.edits_at_once, track.patience),
+            *bench_memory.rows(classifier, bench.test, folder, sizes),
+        ])  # fmt: skip
     path = track.figures / "tables" / "bench.csv"
     write_whole(path, lambda p: table.to_csv(p, index=False, float_format="%.4g", lineterminator="\n"))
     return table

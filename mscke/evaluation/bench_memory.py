@@ -1,0 +1,119 @@
+"""The edit memory from one edit to a million, as rows of ``bench.csv``.
+
+* ``memory_route``: seconds to route one query, its embedding and the search, against its embedding alone.
+  The search is exact but for the last size, which has an index on disk; ``memory_route_exact`` is that
+  against exact search among as many;
+* ``memory_bandwidth``: the bytes of the matrix that an exact search of one query gets through in a second,
+  against those that summing it does;
+* ``memory_recall``: the share of queries for which the index finds the edit that exact search finds; of all
+  the visual roles, and (``…_in_scope``) of those that the edits in memory are to answer;
+* ``memory_add``, ``memory_index``, ``memory_open``, ``memory_bytes``: what it costs to have it on disk.
+
+Beyond the real edits the memory holds embeddings :func:`~mscke.evaluation.bench_timing.alike` theirs. The
+queries are the real edits' own, so the edit that each should find is among the n.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mscke.benchmark.sample import Edit, EditRecord
+from mscke.classifier import ScopeClassifier
+from mscke.evaluation.bench_timing import alike, compare, encoding
+from mscke.evaluation.cost import in_turns
+from mscke.memory import EditMemory
+
+SIZES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
+IN_SCOPE = ("reliability", "generality", "in_scope")
+PART = 50_000  # edits written at once
+ASKED = 250  # records whose queries measure recall
+
+
+@torch.inference_mode()
+def rows(
+    classifier: ScopeClassifier, records: Sequence[EditRecord], folder: str | Path, sizes=SIZES
+) -> list[dict]:
+    """All rows; ``folder`` receives a memory of the last of ``sizes`` (1.3 GB at a million edits)."""
+    edits = [r.edit for r in records]
+    real = classifier.embed([r.queries["reliability"] for r in records], [e.answer for e in edits])
+    z, embed, found = alike(real, sizes[-1]), encoding(classifier, [records[0].in_scope]), []
+    for n in sizes[:-1]:
+        memory = EditMemory(classifier.dim)
+        memory.add(many(edits, n), z[:n])
+        found += routing(embed, memory)
+    found += [bandwidth(memory, embed(1)), *on_disk(edits, real, Path(folder, "real"))[1]]
+    Path(folder, "no picture").touch()
+    bare = many([replace(e, image=str(Path(folder, "no picture"))) for e in edits], sizes[-1])
+    memory, costs = on_disk(bare, z, Path(folder, "large"))
+    return [
+        *found, *costs,
+        *routing(embed, memory, index=True),
+        *recall(classifier, memory, records[:ASKED]),
+    ]  # fmt: skip
+
+
+def many(edits: Sequence[Edit], n: int) -> list[Edit]:
+    """n edits: these, over and over."""
+    return (list(edits) * -(-n // len(edits)))[:n]
+
+
+def routing(embed: Callable[[int], Tensor], memory: EditMemory, index: bool = False) -> list[dict]:
+    """Seconds from one query to its edit against those of its embedding; with an index, of exact search too."""
+    ways = {"ours": lambda: memory.nearest(embed(1)), "baseline": lambda: embed(1)}
+    if index:
+        ways["exact"] = lambda: memory.nearest(embed(1), exact=True)
+    return compare("memory_route", len(memory), "query", ways)
+
+
+def bandwidth(memory: EditMemory, query: Tensor) -> dict:
+    """Gigabytes a second of an exact search for one query, and of a sum over the same matrix."""
+    matrix = memory.embeddings
+    ways = {"ours": lambda: memory.nearest(query, exact=True), "baseline": lambda: matrix.sum()}
+    seconds = {way: float(np.median(taken)) for way, taken in in_turns(ways).items()}
+    speed = {way: matrix.nbytes / 1e9 / s for way, s in seconds.items()}
+    return row("bandwidth", len(memory), speed["ours"], "GB/s", speed["baseline"])
+
+
+def on_disk(edits: Sequence[Edit], z: Tensor, path: Path) -> tuple[EditMemory, list[dict]]:
+    """A memory of these edits on disk, indexed, written and opened again; and what each took."""
+    begun, n = time.perf_counter(), len(edits)
+    memory = EditMemory.open(path, dim=z.shape[1])
+    for start in tqdm(range(0, n, PART), desc=f"writing {n:,} edits", mininterval=2):
+        memory.add(edits[start : start + PART], z[start : start + PART])
+    written, size = time.perf_counter(), sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    memory.index()
+    indexed = time.perf_counter()
+    memory.close()
+    memory = EditMemory.open(path, read_only=True)
+    opened = time.perf_counter()
+    return memory, [
+        row("add", n, (written - begun) / n, "s/edit"), row("bytes", n, size / n, "bytes/edit"),
+        row("index", n, indexed - written, "s"), row("open", n, opened - indexed, "s"),
+    ]  # fmt: skip
+
+
+def recall(classifier: ScopeClassifier, memory: EditMemory, records: Sequence[EditRecord]) -> list[dict]:
+    """How often the index finds what exact search finds: of all visual queries, and of those in scope."""
+    same = {}
+    for role in (*IN_SCOPE, "out_of_scope"):
+        queries = classifier.embed([r.queries[role] for r in records])
+        exact = torch.cat([memory.nearest(q, exact=True)[1] for q in queries.split(50)])
+        same[role] = (memory.nearest(queries)[1] == exact).float().mean().item()
+    shares = {"recall": list(same.values()), "recall_in_scope": [same[role] for role in IN_SCOPE]}
+    return [row(name, len(memory), float(np.mean(v)), "share", 1.0) for name, v in shares.items()]
+
+
+def row(name: str, n: int, ours: float, unit: str, baseline: float = float("nan")) -> dict:
+    """A row of ``bench.csv`` in which more is better, or that has nothing to be held against."""
+    return {
+        "name": f"memory_{name}", "n": n, "ours": ours, "baseline": baseline,
+        "ratio": ours / baseline, "unit": unit,
+    }  # fmt: skip
