@@ -57,7 +57,8 @@ class Guarantee:
         most, sure = f"at most {100 * self.alpha:g} %", f"with {100 * (1 - self.delta):g} % confidence"
         if self.attainable:
             seen = f"{self.leaks} of {self.n:,} calibration questions do"
-            return f"{sure} {most} of out-of-scope questions leak at ρ ≥ {self.threshold:.4f} ({seen})"
+            soon = f", of the next {self.asked:,} as well" if self.asked else ""
+            return f"{sure} {most} of out-of-scope questions leak at ρ ≥ {self.threshold:.4f}{soon} ({seen})"
         least = needed(self.alpha, self.delta, self.asked)
         few = f"{self.n:,} calibration questions are too few, {least:,} are needed"
         return f"no threshold is known to leak {most} {sure} ({few}): no question is in scope"
