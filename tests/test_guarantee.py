@@ -111,6 +111,9 @@ def test_too_few_scores_leave_every_question_to_the_base_model(n, alpha, least):
 def test_what_is_promised_is_said():
     text = str(guarantee(np.arange(100) / 100, 0.1, 0.2))
     assert "80 % confidence" in text and "at most 10 %" in text and "of 100 calibration questions" in text
+    assert "the next" not in text and "of the next 50 as well" in str(
+        guarantee(np.arange(100) / 100, 0.1, 0.2, 50)
+    )
 
 
 @pytest.mark.parametrize("scores", [np.zeros((2, 2)), np.array([0.1, np.nan]), np.array(0.5)])

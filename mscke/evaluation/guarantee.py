@@ -24,6 +24,7 @@ shares, as many edits in memory, each record on an image of its own, none of the
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ class Guarantee:
         most, sure = f"at most {100 * self.alpha:g} %", f"with {100 * (1 - self.delta):g} % confidence"
         if self.attainable:
             seen = f"{self.leaks} of {self.n:,} calibration questions do"
-            return f"{sure} {most} of out-of-scope questions leak at ρ ≥ {self.threshold:.4f} ({seen})"
+            soon = f", of the next {self.asked:,} as well" if self.asked else ""
+            return f"{sure} {most} of out-of-scope questions leak at ρ ≥ {self.threshold:.4f}{soon} ({seen})"
         least = needed(self.alpha, self.delta, self.asked)
         few = f"{self.n:,} calibration questions are too few, {least:,} are needed"
         return f"no threshold is known to leak {most} {sure} ({few}): no question is in scope"
@@ -81,28 +83,29 @@ def guarantee(scores: np.ndarray, alpha: float, delta: float = DELTA, asked: int
     return Guarantee(alpha, delta, threshold, int((scores >= threshold).sum()), len(scores), asked)
 
 
-def upper_bound(leaks: np.ndarray, n: int, delta: float = DELTA) -> np.ndarray:
+def upper_bound(leaks: int, n: int, delta: float = DELTA) -> float:
     """The exact upper bound, with confidence 1 − δ, of a rate at which ``leaks`` < n of n were seen."""
-    return beta.ppf(1 - delta, leaks + 1, n - leaks)
+    return float(beta.ppf(1 - delta, leaks + 1, n - leaks))
 
 
-def chance_within(leaks: np.ndarray, n: int, asked: int, alpha: float) -> np.ndarray:
+def chance_within(leaks: int, n: int, asked: int, alpha: float) -> float:
     """P(at most a share α of the next ``asked`` questions leaks), where ``leaks`` < n of n were let through.
 
     Exact for exchangeable scores without ties, whatever their distribution: only ranks matter, and the number of
     new scores above a given rank is beta-binomial.
     """
     most = int((np.arange(asked + 1) / asked <= alpha).sum()) - 1
-    return betabinom.cdf(most, asked, leaks + 1, n - leaks)
+    return float(betabinom.cdf(most, asked, leaks + 1, n - leaks))
 
 
 def allowed_leaks(n: int, alpha: float, delta: float = DELTA, asked: int | None = None) -> int:
     """How many of n calibration questions may leak for α to be guaranteed; −1: not even none."""
-    leaks = np.arange(n)
-    safe = upper_bound(leaks, n, delta) <= alpha
-    if asked is not None:
-        safe &= chance_within(leaks, n, asked, alpha) >= 1 - delta
-    return int(safe.sum()) - 1
+
+    def unsafe(leaks: int) -> bool:
+        soon = 1.0 if asked is None else chance_within(leaks, n, asked, alpha)
+        return bool(upper_bound(leaks, n, delta) > alpha or soon < 1 - delta)
+
+    return bisect.bisect_left(range(n), True, key=unsafe) - 1  # who is unsafe with k is so with k + 1
 
 
 def needed(alpha: float, delta: float = DELTA, asked: int | None = None) -> int:
