@@ -42,15 +42,14 @@ def fit(
     checkpointing: bool = False,
     save_every: int = 0,
     patience: int = 0,
-    clip: float = 1.0,
+    clip: float = 1.0,  # the gradient's largest norm
 ) -> pd.DataFrame:
     """AdamW with one cosine cycle over (epochs × batches): trains in place, returns the curve, a row an epoch.
 
     ``loss(batch, part)`` is what the slice ``part`` of a batch's rows (long) adds to the batch's loss. Over
     parts it sums to that loss, so a step depends neither on the number of processes nor on ``accumulate``,
-    the number of parts that each takes in turn. ``precision``: ``"no"``, ``"bf16"``, or what ``accelerate launch``
-    was told. ``checkpointing``: activations are computed again, not kept, where the model offers it. ``clip``:
-    the gradient's largest norm.
+    the number of parts that each takes in turn. ``precision``, one a process: "no", "bf16", or what ``accelerate
+    launch`` was told. ``checkpointing``: a model that can computes activations again instead of keeping them.
 
     A checkpoint is written every epoch, every ``save_every`` steps, and, when the run is interrupted, after
     the step under way; from it a run goes on as if never stopped. Weights and curve beside it are for others
@@ -61,10 +60,10 @@ def fit(
     """
     for part in model.modules() if checkpointing else ():
         if getattr(part, "supports_gradient_checkpointing", False):
-            part.gradient_checkpointing_enable({"use_reentrant": False})
-    accelerator = accelerated(accumulate, precision)
+            part.activation_checkpointing_enable({"use_reentrant": False})
+    accelerator = accelerated(accumulate, precision, next(model.parameters()).device.type == "cpu")
     made_of = made_of | {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed}
-    told = {"precision": accelerator.mixed_precision, "patience": patience, "clip": clip}
+    told = {"precision": precision or "no", "patience": patience, "clip": clip}
     made_of |= {name: value for name, value in told.items() if value != USUAL[name]}
     run = _Run(accelerator, model, folder, made_of, n)
     if not run.over():

@@ -29,24 +29,27 @@ def one_thread() -> None:
     torch.set_flush_denormal(True)
 
 
-def processes() -> PartialState:
-    """The processes that ``accelerate launch`` started, this one among them; without it this one alone."""
+def processes(cpu: bool = False) -> PartialState:
+    """The processes that ``accelerate launch`` started, this one among them; without it this one alone.
+
+    The first call decides whether they meet on the ``cpu``: if it says so, or ACCELERATE_USE_CPU, or no GPU is there.
+    """
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
-def accelerated(accumulate: int, precision: str | None) -> Accelerator:
-    """What joins :func:`processes` in a training. It leaves a model on the device that it is on.
+def accelerated(accumulate: int, precision: str | None, cpu: bool) -> Accelerator:
+    """What joins :func:`processes` in a training. It leaves a model where it is, on the ``cpu`` or not.
 
     Raises ValueError for what is not supported: fp16, and parameters sharded by FSDP, DeepSpeed or Megatron.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 
-    processes()
+    processes(cpu)
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a fusion need not use them all
     found = Accelerator(
         device_placement=False, mixed_precision=precision, gradient_accumulation_steps=accumulate,
@@ -65,11 +68,11 @@ def in_processes(function: Callable, items: Iterable[tuple], workers: int = 2, d
     """``[function(*item) for item in items]``, ``workers`` at a time, in the items' order.
 
     ``function`` must be importable by name. The first error stops what has not begun and is raised here.
-    On a GPU, and where ``accelerate launch`` started several processes, the items are done one after the
-    other: all processes share each of them.
+    Where ``accelerate launch`` started several processes the items are done one after the other, and all
+    processes share each of them.
     """
     items = list(items)
-    if processes().num_processes > 1 or processes().device.type != "cpu":
+    if processes().num_processes > 1:
         return [function(*item) for item in items]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, os.cpu_count() or 1), context, one_thread) as pool:

@@ -110,9 +110,13 @@ def test_asked_to_stop_it_finishes_the_step_and_loses_none(whole, tmp_path, numb
 
 
 def test_a_second_interrupt_acts_at_once(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # some shells have it ignored
     toy = Toy({2: lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]})
-    with pytest.raises(KeyboardInterrupt) as caught:
-        toy.fit(tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            toy.fit(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not str(caught.value) and not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -234,6 +238,6 @@ def test_nothing_is_left_of_a_write_that_was_cut(whole, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         Toy().fit(tmp_path / "part")
     monkeypatch.undo()
-    assert [p.name for p in (tmp_path / "part").iterdir()] == ["checkpoint.pt.tmp"]
+    assert all(p.suffix == ".tmp" for p in (tmp_path / "part").iterdir())
     Toy().fit(tmp_path / "part")
     assert files(tmp_path / "part") == whole[1]
