@@ -94,6 +94,7 @@ def on_disk(edits: Sequence[Edit], z: Tensor, path: Path) -> tuple[EditMemory, l
     memory.index()
     indexed = time.perf_counter()
     memory.close()
+    memory = None  # a million edits are a gigabyte: not twice
     memory = EditMemory.open(path, read_only=True)
     opened = time.perf_counter()
     return memory, [
