@@ -1,7 +1,8 @@
 """The edit memory on disk: a LanceDB table in which every change is one append, never rewritten.
 
-A change is there as a whole or not at all, for LanceDB makes a new manifest visible by renaming it. What a
-memory *is* follows from its changes in their order (:class:`mscke.memory.EditMemory`); nothing else is kept.
+A change is there as a whole or not at all: LanceDB links a finished manifest into place. Nothing is forced
+to the disk at once, so it survives the death of the process, but not a power cut within seconds. What a memory
+*is* follows from its changes in their order (:class:`mscke.memory.EditMemory`).
 """
 
 from __future__ import annotations
