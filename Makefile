@@ -51,8 +51,8 @@ test: export TQDM_DISABLE := 1
 reproduce smoke test: export HF_HUB_OFFLINE := 1
 reproduce smoke test: export HF_HUB_DISABLE_PROGRESS_BARS := 1
 # Folders of the user's own that hold the paper's data and models; only read.
-paper paper-data paper-check: export MSCKE_DATA := $(DATA)
-paper paper-data paper-check: export MSCKE_MODELS := $(MODELS)
+paper paper-data paper-check: export MSCKE_DATA := $(if $(DATA),$(abspath $(DATA:~%=$(HOME)%)))
+paper paper-data paper-check: export MSCKE_MODELS := $(if $(MODELS),$(abspath $(MODELS:~%=$(HOME)%)))
 # The kernel "python3" is this environment's, even where the user has another of that name.
 export JUPYTER_PREFER_ENV_PATH := 1
 

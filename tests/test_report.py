@@ -304,6 +304,10 @@ def test_clean_drops_the_run_and_keeps_the_result(tmp_path):
     assert target.read_bytes() == once
     assert not any(word in once for word in (b"papermill", b"stderr", b"iopub", b"widget"))
 
+    clean.main([str(source), str(target), "*a note*"])
+    note, *rest = nbformat.read(target, as_version=4).cells
+    assert (note.cell_type, note.source) == ("markdown", "*a note*") and rest == notebook.cells
+
 
 # ------------------------------------------------------------------------------- verify
 

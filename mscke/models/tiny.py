@@ -2,7 +2,7 @@
 
 ``python -m mscke.models.tiny`` writes two folders as a user's own DATA= and MODELS= would be. The weights are
 random and the records are FGVEdit-Scenes' without what FGVEdit does not tell: what comes out means nothing,
-but every line that the real ones go through has been through.
+but what the real ones go through on a CPU has been gone through.
 """
 
 from __future__ import annotations
@@ -15,26 +15,11 @@ from tempfile import TemporaryDirectory
 
 import open_clip
 import torch
+import transformers as hf
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import (
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2Processor,
-    Blip2QFormerConfig,
-    Blip2VisionConfig,
-    BlipImageProcessor,
-    GPT2Tokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaTokenizer,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedTokenizerBase,
-    T5Config,
-)
 
 from mscke.benchmark.fetch import FILES, MINIGPT4_NAMES
 from mscke.benchmark.generate import generate
@@ -47,7 +32,7 @@ LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
 FOLDERS = {"train": "train2014", "test": "val2014"}
 
 
-def llama_tokenizer(texts: list[str]) -> LlamaTokenizer:
+def llama_tokenizer(texts: list[str]) -> hf.LlamaTokenizer:
     """A tokenizer of Llama's class: SentencePiece's ▁ for spaces, <s> and </s>, no padding token."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -56,49 +41,50 @@ def llama_tokenizer(texts: list[str]) -> LlamaTokenizer:
         texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
     )
     learned = json.loads(learner.to_str())["model"]
-    return LlamaTokenizer(vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]])
+    return hf.LlamaTokenizer(vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]])
 
 
-def opt_tokenizer(texts: list[str]) -> GPT2Tokenizer:
+def opt_tokenizer(texts: list[str]) -> hf.GPT2Tokenizer:
     """A tokenizer of OPT's class: byte-level, </s> at both ends, padding of its own."""
     learner = ByteLevelBPETokenizer()
     learner.train_from_iterator(
         texts, 700, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False
     )
     learned = json.loads(learner.to_str())["model"]
-    return GPT2Tokenizer(
+    return hf.GPT2Tokenizer(
         vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]], bos_token="</s>",
         eos_token="</s>", pad_token="<pad>", unk_token="</s>", add_bos_token=True,
     )  # fmt: skip
 
 
-def blip2(text: OPTConfig | T5Config, seed: int, **options) -> Blip2ForConditionalGeneration:
+def blip2(text: hf.OPTConfig | hf.T5Config, seed: int, **options) -> hf.Blip2ForConditionalGeneration:
     """BLIP-2 with random weights and this text model."""
     torch.manual_seed(seed)
     sizes = {"initializer_range": 0.3, **LAYERS}
-    vision = Blip2VisionConfig(hidden_size=WIDTH, intermediate_size=64, image_size=IMAGE, **sizes)
-    qformer = Blip2QFormerConfig(hidden_size=QFORMER_WIDTH, intermediate_size=48, **sizes)
-    config = Blip2Config(
+    vision = hf.Blip2VisionConfig(hidden_size=WIDTH, intermediate_size=64, image_size=IMAGE, **sizes)
+    qformer = hf.Blip2QFormerConfig(hidden_size=QFORMER_WIDTH, intermediate_size=48, **sizes)
+    config = hf.Blip2Config(
         vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=QUERIES, **options
     )
-    model = Blip2ForConditionalGeneration(config).eval()
+    model = hf.Blip2ForConditionalGeneration(config).eval()
     nn.init.normal_(model.query_tokens)
     return model
 
 
-def opt(tokenizer: PreTrainedTokenizerBase, width: int) -> OPTConfig:
+def opt(tokenizer: hf.PreTrainedTokenizerBase, width: int) -> hf.OPTConfig:
     """OPT's configuration; its vocabulary is padded, as the hub's is."""
-    return OPTConfig(
+    return hf.OPTConfig(
         vocab_size=-(-(len(tokenizer) + 1) // 64) * 64, hidden_size=width, word_embed_proj_dim=width,
         ffn_dim=48, max_position_embeddings=512, init_std=0.3, bos_token_id=2, eos_token_id=2,
         pad_token_id=1, **LAYERS,
     )  # fmt: skip
 
 
-def write_blip2_opt(folder: Path, texts: list[str]) -> Blip2ForConditionalGeneration:
+def write_blip2_opt(folder: Path, texts: list[str]) -> hf.Blip2ForConditionalGeneration:
     """``Salesforce/blip2-opt-2.7b``: shards with an index, OPT's tokenizer with the image token, a processor."""
     tokenizer, size = opt_tokenizer(texts), {"height": IMAGE, "width": IMAGE}
-    processor = Blip2Processor(BlipImageProcessor(size=size), tokenizer, QUERIES)  # adds the image token
+    images = hf.BlipImageProcessor(size=size)
+    processor = hf.Blip2Processor(images, tokenizer, QUERIES)  # adds the image token
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     model = blip2(opt(tokenizer, WIDTH), seed=4, image_token_index=image_id)
     model.save_pretrained(folder, max_shard_size="60KB")
@@ -106,23 +92,23 @@ def write_blip2_opt(folder: Path, texts: list[str]) -> Blip2ForConditionalGenera
     return model
 
 
-def write_blip2_t5(folder: Path) -> Blip2ForConditionalGeneration:
+def write_blip2_t5(folder: Path) -> hf.Blip2ForConditionalGeneration:
     """``Salesforce/blip2-flan-t5-xxl``: shards with an index, some of which hold text alone."""
-    text = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    text = hf.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     model = blip2(text, seed=3)
     model.save_pretrained(folder, max_shard_size="30KB")
     return model
 
 
-def write_vicuna(folder: Path, texts: list[str]) -> LlamaForCausalLM:
+def write_vicuna(folder: Path, texts: list[str]) -> hf.LlamaForCausalLM:
     """Vicuna: Llama in shards, its tokenizer without an image token."""
     tokenizer = llama_tokenizer(texts)
     torch.manual_seed(5)
-    config = LlamaConfig(
+    config = hf.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=48, initializer_range=0.3,
         bos_token_id=1, eos_token_id=2, **LAYERS,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = hf.LlamaForCausalLM(config).eval()
     model.save_pretrained(folder, max_shard_size="30KB")
     tokenizer.save_pretrained(folder)
     return model
@@ -141,7 +127,7 @@ def write_opt(folder: Path, texts: list[str]) -> None:
     """``facebook/opt-125m``: a pickle of tensors, and the tokenizer of the larger OPTs."""
     tokenizer = opt_tokenizer(texts)
     torch.manual_seed(7)
-    model = OPTForCausalLM(opt(tokenizer, 24))
+    model = hf.OPTForCausalLM(opt(tokenizer, 24))
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
