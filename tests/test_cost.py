@@ -195,8 +195,8 @@ def test_encoding_is_the_classifiers_and_is_done_anew_each_time(classifier, reco
     clip, expected, calls = classifier.encoder.model, classifier.embed(queries, answers), []
     tables = classifier.encoder.texts, classifier.encoder.images
     embed = bench.encoding(classifier, queries, answers)
-    plain = clip.encode_text
-    monkeypatch.setattr(clip, "encode_text", lambda x: calls.append(len(x)) or plain(x))
+    plain = clip.forward_intermediates
+    monkeypatch.setattr(clip, "forward_intermediates", lambda **x: calls.append(len(x["text"])) or plain(**x))
     for _ in range(2):
         torch.testing.assert_close(embed(5), expected[:5], atol=1e-4, rtol=1e-4)
     assert calls == [5, 5]
@@ -206,8 +206,8 @@ def test_encoding_is_the_classifiers_and_is_done_anew_each_time(classifier, reco
 def test_the_released_way_encodes_the_whole_memory(classifier, records, monkeypatch):
     n, seen = 3 * len(records) + 2, []
     ways, clip = bench.lookups(classifier, records, n), classifier.encoder.model
-    plain = clip.encode_text
-    monkeypatch.setattr(clip, "encode_text", lambda x: seen.append(len(x)) or plain(x))
+    plain = clip.forward_intermediates
+    monkeypatch.setattr(clip, "forward_intermediates", lambda **x: seen.append(len(x["text"])) or plain(**x))
     ways["ours"]()
     assert sum(seen) == 1
     seen.clear()

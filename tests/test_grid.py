@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mscke import training
+from mscke import checkpoint, fit, training
 from mscke.classifier import ScopeClassifier
 from mscke.config import get_track
 from mscke.editors import grid
@@ -77,7 +77,7 @@ def here(monkeypatch):
 
 
 def test_an_unfinished_run_goes_on(copy, trained, monkeypatch, here):
-    spec, write, written = SPECS[0], training.write_whole, []
+    spec, write, written = SPECS[0], checkpoint.write_whole, []
 
     def interrupted(path, content):
         write(path, content)
@@ -85,11 +85,11 @@ def test_an_unfinished_run_goes_on(copy, trained, monkeypatch, here):
         if len(written) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "write_whole", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        for module in (checkpoint, fit):
+            m.setattr(module, "write_whole", interrupted)
         train_grid(copy, [spec])
     assert set(written) == {"checkpoint.pt", "model.safetensors", "curve.csv"}  # of the first epoch of two
-    monkeypatch.setattr(training, "write_whole", write)
     assert train_grid(copy, [spec])[spec].fingerprint() == trained[spec].fingerprint()
 
 
