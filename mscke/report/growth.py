@@ -22,7 +22,8 @@ def plot_growth(rows: pd.DataFrame) -> Figure:
     for times, style in ((1.0, "-"), (1.5, ":")):
         ax.axhline(times * one_pass, color=TEXT, ls=style, lw=1)
         name = "one classifier pass" if times == 1 else f"{times} passes"
-        ax.annotate(name, (1, times * one_pass), (2, 2), textcoords="offset points", fontsize=8, color=TEXT)
+        place = {"xy": (1, times * one_pass), "xycoords": ("axes fraction", "data"), "xytext": (3, -3)}
+        ax.annotate(name, **place, textcoords="offset points", fontsize=8, color=TEXT)
     ax.plot(
         sizes, 1e3 * pd.concat([route["ours"][:-1], exact["baseline"]]), "o-", color=IN, label="exact search"
     )
