@@ -164,7 +164,7 @@ def test_a_vocabulary_that_lacks_the_image_token_grows(track, bench, tmp_path):
 @pytest.mark.parametrize("backbone", TRACKS["paper"].backbones)
 def test_beside_a_base_in_bfloat16_training_is_mixed(track, bench, backbone):
     folder = sources.find(track, track.backbones[backbone])
-    base = MLLM.from_pretrained(folder, backbone, image_size=42, dtype=torch.bfloat16)
+    base = MLLM.from_pretrained(folder, backbone, image_size=364, dtype=torch.bfloat16)
     model, batch = sources.make_counterfactual(track, base), [part[:2] for part in examples(bench.train)]
     model.loss(*batch).backward()
     assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
