@@ -147,34 +147,52 @@ def fine_tuning(
     return compare("finetune", len(records), "edit", ways, len(records), repeats=3, budget=budget)
 
 
-def run(track: Track, bench: Benchmark) -> pd.DataFrame:
-    """Every row, on the track's first backbone; written to ``tables/bench.csv`` among its figures."""
+def editing(track: Track, bench: Benchmark) -> pd.DataFrame:
+    """The rows of ``route``, ``evaluate`` and ``finetune``, on the track's first backbone."""
     base = build.load_base(track, next(iter(track.backbones)))
     in_scope, _ = build.counterfactual(track, bench, base)
     classifier, _ = build.classifier(track, "MSCKE")
     few = bench.test[:N_RECORDS]
-    sizes = bench_memory.SIZES if track.name == "mini" else bench_memory.SIZES[:4]
+    return pd.DataFrame([
+        *route(classifier, bench.test, patience=track.patience),
+        *evaluation(MSCKE(base, in_scope, classifier), base, few, track.name, track.patience),
+        *fine_tuning(FineTune(base), few, track.edits_at_once, track.patience),
+    ])  # fmt: skip
+
+
+def memory(track: Track, bench: Benchmark) -> pd.DataFrame:
+    """The rows of ``memory_…``; to a thousand edits only where the track is a small one.
+
+    Edits and queries are the validation records': the index's refine factor was tried on test records' queries.
+    """
+    sizes = bench_memory.SIZES if len(bench.test) > 1000 else bench_memory.SIZES[:4]
+    classifier, _ = build.classifier(track, "MSCKE")
     with tempfile.TemporaryDirectory(dir=track.outputs) as folder:
-        table = pd.DataFrame([
-            *route(classifier, bench.test, patience=track.patience),
-            *evaluation(MSCKE(base, in_scope, classifier), base, few, track.name, track.patience),
-            *fine_tuning(FineTune(base), few, track.edits_at_once, track.patience),
-            *bench_memory.rows(classifier, bench.test, folder, sizes),
-        ])  # fmt: skip
-    for path in (track.figures / "tables" / "bench.csv", _kept(track)):
-        write_whole(path, lambda p: table.to_csv(p, index=False, float_format="%.4g", lineterminator="\n"))
-    return pd.read_csv(path)
+        return pd.DataFrame(bench_memory.rows(classifier, bench.validation, folder, sizes))
 
 
-def measured(track: Track, bench: Benchmark) -> pd.DataFrame:
-    """What :func:`run` found with this code, the first time or the last: a notebook run again times nothing again."""
-    return pd.read_csv(_kept(track)) if _kept(track).exists() else run(track, bench)
+PARTS = {"editing": editing, "memory": memory}
 
 
-def _kept(track: Track) -> Path:
-    return track.outputs / "rows" / made_of() / "bench.csv"
+def measured(track: Track, bench: Benchmark, part: str, again: bool = False) -> pd.DataFrame:
+    """The rows of a part, one of :data:`PARTS`; ``tables/bench.csv`` among the track's figures then holds all there are.
+
+    Measured once with this code, so that a notebook that is run again times nothing, unless ``again``.
+    """
+    kept = {name: track.outputs / "rows" / made_of() / f"bench-{name}.csv" for name in PARTS}
+    if again or not kept[part].exists():
+        _write(PARTS[part](track, bench), kept[part])
+    there = [pd.read_csv(path) for path in kept.values() if path.exists()]
+    _write(pd.concat(there), track.figures / "tables" / "bench.csv")
+    return pd.read_csv(kept[part])
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    write_whole(path, lambda p: table.to_csv(p, index=False, float_format="%.4g", lineterminator="\n"))
 
 
 if __name__ == "__main__":
     found = get_track()
-    print(run(found, load_benchmark(found)).to_string(index=False, float_format="%.4g"))
+    for name in PARTS:
+        rows = measured(found, load_benchmark(found), name, again=True)
+        print(rows.to_string(index=False, float_format="%.4g"))

@@ -20,15 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mscke.benchmark import load_benchmark
-from mscke.benchmark.look_alike import load_look_alikes
 from mscke.benchmark.sample import EditRecord
 from mscke.benchmark.scenes import GRID
 from mscke.classifier import ScopeClassifier
-from mscke.config import get_track
-from mscke.editors import build
 from mscke.evaluation.metrics import ROLES
-from mscke.evaluation.outcomes import answered, outcomes
+from mscke.evaluation.outcomes import answered
 from mscke.memory import EditMemory
 from mscke.models.clip import ClipEncoder
 from mscke.training import encode_records
@@ -89,14 +85,3 @@ def by_similarity(value: np.ndarray, similarity: np.ndarray, bins: int = 6) -> l
     """Values (R,) in ``bins`` groups of equal size along ``similarity`` (R,): pairs (its mean, the values)."""
     groups = np.array_split(np.argsort(similarity, kind="stable"), bins)
     return [(float(np.mean(similarity[group])), value[group]) for group in groups]
-
-
-def both_ways(track_name: str, backbone: str) -> np.ndarray:
-    """How right the track's test records and after them its look-alikes are answered, left or taken: (R, 5, 2).
-
-    For a process of its own; see :func:`mscke.evaluation.outcomes.outcomes`.
-    """
-    track = get_track(track_name)
-    bench, base = load_benchmark(track), build.load_base(track, backbone)
-    in_scope, _ = build.counterfactual(track, bench, base)
-    return outcomes(base, in_scope, bench.test + load_look_alikes(track)).values()
