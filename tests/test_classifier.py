@@ -179,6 +179,14 @@ def test_readers_are_a_softmax_over_the_words(make, encoder, queries):
         np.testing.assert_allclose(read[i].detach(), expected.flatten().detach(), atol=1e-4)
 
 
+def test_the_readers_learn_from_features_just_computed(clip_name, queries):
+    """Frozen features are made in inference mode; what is trained on them is not."""
+    classifier = ScopeClassifier(clip_name, fusion="grounded", width=16)
+    z = classifier(classifier.encoder(queries))
+    classifier.logit((z[:1] - z[1:]).square().sum(-1)).sum().backward()
+    assert bool(classifier.reader.weight.grad.any()) and bool(classifier.temperature.grad.any())
+
+
 def test_a_grounded_embedding_depends_on_what_is_asked_and_on_what_it_is_asked_of(make, encoder, queries):
     classifier, f = make("grounded"), encoder([q for q in queries if q.image])
     z = classifier(f)

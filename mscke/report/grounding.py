@@ -46,10 +46,13 @@ def right_by_kind(kinds: pd.DataFrame, rho: np.ndarray, threshold: float = 0.5) 
 def slice_rows(found: np.ndarray, slices: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Each metric over each slice: columns slice, metric, value, lo, hi (per cent, bootstrap 95 %), n.
 
-    ``found`` (R, 6) float in [0, 1], by :data:`mscke.evaluation.outcomes.COLUMNS`; a slice is a mask (R,) bool.
+    ``found`` (R, 6) float in [0, 1], by :data:`mscke.evaluation.outcomes.COLUMNS`; a slice is a mask (R,) bool;
+    one without records has no rows.
     """
     parts = []
     for name, mask in slices.items():
+        if not mask.any():
+            continue
         mean, lo, hi = (100 * v for v in bootstrap(found[mask]))
         columns = {"metric": COLUMNS, "value": mean, "lo": lo, "hi": hi, "n": int(mask.sum())}
         parts.append(pd.DataFrame({"slice": name} | columns))
