@@ -30,6 +30,7 @@ SUPERVISION = {  # what a classifier is shown: weights of the five roles, weight
     "released": {"weights": AS_RELEASED, "others": 0.0},
     "fine-grained": {"weights": FINE_GRAINED, "others": 1.0},
     "own-record": {"weights": FINE_GRAINED, "others": 0.0},
+    "crowd": {"weights": FINE_GRAINED, "others": 3.0},  # for a memory of many: chosen on validation queries
 }
 
 
