@@ -113,7 +113,7 @@ class Shared:
         """The classifier before training."""
         clip, encoder = (spec.encoder or self.track.clip).rpartition("+")[2], self.encoder(spec.encoder)
         torch.manual_seed(spec.seed)  # once the encoder is there: loading it draws random numbers
-        name = self.track.clips.get(clip, "all-MiniLM-L6-v2")
+        name = clip if clip in self.track.clips else "all-MiniLM-L6-v2"  # no path: it is saved
         classifier = kind(name, None, spec.fusion, spec.similarity, encoder=encoder)
         return classifier.to(device_of(self.track))
 
