@@ -157,7 +157,9 @@ _RECIPES = {
 
 TRACKS = {
     "mini": Track("mini", 8334, 2778, **_MINI, classifier_epochs=5, counterfactual_epochs=2, mend_epochs=2),
-    "smoke": Track("smoke", 96, 32, **_MINI, classifier_epochs=2, counterfactual_epochs=1, mend_epochs=1),
+    "smoke": Track(
+        "smoke", 96, 32, **_MINI, classifier_epochs=2, counterfactual_epochs=1, mend_epochs=1, patience=0.5
+    ),
     "paper": Track(
         "paper", 8334, 2778, **_PAPER, classifier_epochs=7, counterfactual_epochs=7, mend_epochs=4,
         recipes=_RECIPES, batch_size=64, edits_at_once=2,
