@@ -8,18 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
-from mscke.classifier import ScopeClassifier
 from mscke.evaluation import bench_memory
 from mscke.memory import EditMemory
 from mscke.report.growth import plot_growth
 
 pytest_plugins = ["tiny"]
-
-
-@pytest.fixture(scope="module")
-def classifier(clip_name, encoder):
-    torch.manual_seed(8)
-    return ScopeClassifier(clip_name, width=16, encoder=encoder).eval()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from mscke.classifier import ScopeClassifier
 from mscke.editors.mscke import MSCKE
 from mscke.evaluation import bench, cost, peak
 from mscke.models.counterfactual import CounterfactualModel
@@ -20,12 +19,6 @@ from mscke.report.paper import reported_cost
 from mscke.workers import in_processes
 
 pytest_plugins = ["tiny"]
-
-
-@pytest.fixture(scope="module")
-def classifier(clip_name, encoder):
-    torch.manual_seed(8)
-    return ScopeClassifier(clip_name, width=16, encoder=encoder).eval()
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,6 @@ pytest_plugins = ["tiny"]
 
 
 @pytest.fixture(scope="module")
-def classifier(clip_name, encoder):
-    torch.manual_seed(8)
-    return ScopeClassifier(clip_name, width=16, encoder=encoder).eval()
-
-
-@pytest.fixture(scope="module")
 def counterfactual(mllm):
     torch.manual_seed(9)
     return CounterfactualModel.beside(mllm).eval()

@@ -11,6 +11,7 @@ from transformers import Blip2VisionModel, LlamaForCausalLM, OPTForCausalLM
 
 from mscke.benchmark.generate import generate
 from mscke.benchmark.sample import load_records
+from mscke.classifier import ScopeClassifier
 from mscke.models.clip import ClipEncoder
 from mscke.models.mllm import MLLM
 from mscke.models.pretrain import bridge, clip, language, text
@@ -108,3 +109,10 @@ def queries(records):
 def gold(records):
     """The answer to each of ``queries`` after its record's edit."""
     return [answer for record in records for answer in record.answers.values()]
+
+
+@pytest.fixture(scope="module")
+def classifier(clip_name, encoder):
+    """A fresh scope classifier on ``encoder``; a file whose tests need another has its own."""
+    torch.manual_seed(8)
+    return ScopeClassifier(clip_name, width=16, encoder=encoder).eval()
