@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -68,4 +67,3 @@ def test_the_figure_shows_exact_search_the_index_and_the_pass(table):
     assert index.get_ydata()[0] == 1e3 * route["ours"].iloc[-1]
     assert exact.get_ydata()[-1] == 1e3 * table.set_index("name")["baseline"]["memory_route_exact"]
     np.testing.assert_allclose(more.get_ydata(), 1.5 * np.array(one_pass.get_ydata()))
-    plt.close("all")

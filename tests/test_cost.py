@@ -3,7 +3,6 @@
 import sys
 import time
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -293,4 +292,3 @@ def test_figures_show_what_was_measured(costed):
     assert measured.get_xdata().tolist() == [1, 10, 1000] and ours.get_xdata().tolist() == sizes
     assert extrapolated.get_ydata().tolist() == [2.0, 20.0]
     assert "200 ×" in [text.get_text().strip() for text in ax.texts]
-    plt.close("all")

@@ -35,8 +35,7 @@ def scored():
 
 @pytest.fixture
 def panel(scored):
-    yield Panel(scored, "mini-L")
-    plt.close("all")
+    return Panel(scored, "mini-L")
 
 
 def by_hand(scored, key, threshold):
@@ -163,4 +162,3 @@ def test_every_seed_and_the_papers_number_are_drawn(table):
         assert tuple(np.round(fine["value"], 6)) in drawn
         assert tuple(np.round(fine.groupby("fusion", sort=False)["value"].mean(), 6)) in drawn
     assert (64.85,) in drawn
-    plt.close(fig)

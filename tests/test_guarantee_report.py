@@ -1,6 +1,5 @@
 """Figures of the guarantee: what is drawn is what the table says; intervals draw whole records."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,12 +8,6 @@ from mscke.evaluation.coverage import random_cuts
 from mscke.evaluation.reliability import calibration_gaps, expected_error
 from mscke.report.guarantee import error_interval, mean_interval, plot_cuts, plot_price, plot_reliability
 from mscke.report.tables import write_table
-
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +56,7 @@ def test_reliability_dots_lie_where_the_bins_do(scored):
     probability, truth = (x.ravel() for x in scored)
     fig = plot_reliability({"before": probability, "right": np.full(800, 0.5)}, truth)
     error = expected_error(calibration_gaps(probability, truth))
-    assert fig.axes[0].get_title() == f"before: ECE {100 * error:.1f} %"
+    assert fig.axes[0].get_title(loc="left") == f"before: ECE {100 * error:.1f} %"
     assert fig.axes[1].collections[-1].get_offsets().data == pytest.approx(np.array([[0.5, truth.mean()]]))
 
 

@@ -43,13 +43,6 @@ def summary(rows):
     return tables.summarise(rows)
 
 
-@pytest.fixture(autouse=True)
-def styled():
-    figures.use_style()
-    yield
-    plt.close("all")
-
-
 # ------------------------------------------------------------------------------- tables
 
 
