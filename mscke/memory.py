@@ -19,11 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mscke.benchmark.sample import Edit, Query
+from mscke.search import Codes, products
 from mscke.store import Change, EditStore
+
+EXACT = 100_000  # edits that every search reads in full precision; among more it looks at codes first
 
 
 class EditMemory:
-    """Edits (image, prompt, answer) and a matrix of their embeddings, searched exactly.
+    """Edits (image, prompt, answer) and a matrix of their embeddings.
 
     Each edit is embedded once, when it is written; a lookup is one matrix product. An id is a place in the
     matrix and never used again: what is removed keeps its place, so that it can be brought back.
@@ -74,7 +77,7 @@ class EditMemory:
     @property
     def embeddings(self) -> Tensor:
         """(N, dim) float32, in the order of :attr:`ids`."""
-        return self._matrix.T[self._ids].contiguous()
+        return self._matrix[self._ids]
 
     def add(self, edits: Sequence[Edit], embeddings: Tensor) -> list[int]:
         """Store edits with their embeddings (N, dim); returns their ids.
@@ -114,32 +117,26 @@ class EditMemory:
             raise ValueError(f"no version {version}: this memory has versions 0 to {len(self._log)}")
         log, past = self._log[:version], EditMemory(self.dim, self.fingerprint)
         n = sum(len(c.ids) for c in log if c.change == "add")
-        past._recall(self._edits[:n], self._matrix.T[:n], log)
+        past._recall(self._edits[:n], self._matrix[:n], log)
         return past
 
     def distances(self, embeddings: Tensor, among: Tensor) -> Tensor:
         """Squared distance (B,) of each query to the one edit ``among`` names for it (KeyError if none)."""
         self._require(among.tolist())
-        return (embeddings - self._matrix.T[among]).square().sum(-1)
+        return (embeddings - self._matrix[among]).square().sum(-1)
 
     def nearest(self, embeddings: Tensor, k: int = 1, exact: bool = False) -> tuple[Tensor, Tensor]:
         """The k nearest edits of each query: (squared distances, ids), both (B, min(k, N)).
 
-        Found exactly, unless :meth:`index` was called and ``exact`` is not asked for.
+        Found exactly up to :data:`EXACT` edits, beyond them by their codes unless ``exact`` is asked for.
         """
         k = min(k, len(self))
-        if k and self._store and self._store.indexed and not exact:
-            ids = torch.tensor([self._store.nearest(z, k, self._here) for z in embeddings])
-        else:
-            squared = self._squares - 2 * embeddings @ self._matrix  # + ‖query‖², the same in a row
+        if self._codes is None or exact:
+            squared = self._squares - 2 * products(embeddings, self._matrix)  # + ‖query‖², the same in a row
             ids = squared.topk(k, largest=False)[1]
-        return (embeddings.unsqueeze(1) - self._matrix.T[ids]).square().sum(-1), ids
-
-    def index(self) -> None:
-        """Index the table, so that :meth:`nearest` is approximate: beyond 100,000 edits (ValueError in RAM)."""
-        if not self._store:
-            raise ValueError("an index is kept on disk: use EditMemory.open(path, …)")
-        self._store.index()
+        else:
+            ids = torch.stack([self._codes.nearest(z, k, self._matrix, self._squares) for z in embeddings])
+        return (embeddings.unsqueeze(1) - self._matrix[ids]).square().sum(-1), ids
 
     def embed_again(self, classifier, path: str | Path) -> EditMemory:
         """These edits under another classifier, in a new memory at ``path``; ids count from 0 again."""
@@ -165,11 +162,15 @@ class EditMemory:
     def _extend(self, edits: Sequence[Edit], z: Tensor) -> None:
         """Give new edits a place. The matrix grows by doubling: an edit added is not all edits copied."""
         n, total = len(self._edits), len(self._edits) + len(edits)
-        if total > self._room.shape[1]:
-            self._room = F.pad(self._matrix, (0, max(n, total - n)))
-        self._room[:, n:total] = z.T
+        if total > len(self._room):
+            self._room = F.pad(self._matrix, (0, 0, 0, max(n, total - n)))
+        self._room[n:total] = z
         self._edits += edits
-        self._matrix = self._room[:, :total]
+        self._matrix = self._room[:total]
+        if self._codes:
+            self._codes.add(z)
+        elif total > EXACT:
+            self._codes = Codes(self._matrix)
         self._norms = torch.cat([self._norms, z.square().sum(-1)])
         self._here = torch.cat([self._here, torch.zeros(len(edits), dtype=torch.bool)])
 
@@ -177,9 +178,9 @@ class EditMemory:
     def _recall(self, edits: Sequence[Edit], embeddings: Tensor, log: Sequence[Change]) -> None:
         """Become what ``log`` makes of the edits (N) ever added and their embeddings (N, dim)."""
         self._edits, self._log, self._standing = list(edits), [], []
-        # One edit a column: the product with one query then reads at the speed of memory, thrice as fast as rows.
-        self._room = self._matrix = embeddings.T.contiguous()
-        self._norms, self._here = self._matrix.square().sum(0), torch.zeros(len(edits), dtype=torch.bool)
+        self._room = self._matrix = embeddings.contiguous()
+        self._codes = Codes(self._matrix) if len(edits) > EXACT else None
+        self._norms, self._here = self._matrix.square().sum(1), torch.zeros(len(edits), dtype=torch.bool)
         for entry in log:
             self._apply(entry)
         self._look()

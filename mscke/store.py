@@ -16,11 +16,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import lancedb
 import numpy as np
 import pyarrow as pa
 import torch
-from lancedb.index import IvfRq
 from torch import Tensor
 
 from mscke.benchmark.sample import Edit
@@ -28,9 +26,6 @@ from mscke.benchmark.sample import Edit
 TABLE, LOCK, PICTURES = "edits", "writer.lock", "pictures"
 FRAGMENTS = 256  # appends after which the small files are put together, for each append lists them all
 KEEP = timedelta(hours=1)  # that a reader has before files nobody newly opened needs are deleted
-# One bit a dimension: one partition is scanned whole in a few milliseconds at a million edits, and its
-# best are compared in full precision. Embeddings this many-dimensional have no cells worth probing.
-PARTITIONS, REFINE = 1, 100
 
 
 class Change(NamedTuple):
@@ -61,6 +56,8 @@ class EditStore:
         Raises FileNotFoundError without a table to open, BlockingIOError while another writes, ValueError
         if another width or another classifier than ``fingerprint`` was given.
         """
+        import lancedb  # a second to import, and few need a table
+
         self.path, self._lock = Path(path), None
         if not read_only and (dim is not None or self.path.is_dir()):
             self._lock = _lock(self.path)
@@ -74,7 +71,7 @@ class EditStore:
             raise FileNotFoundError(f"no memory at {path}; to begin one, open it for writing and give dim=")
         self.dim = self._table.schema.field("embedding").type.list_size
         self.fingerprint = self._table.schema.metadata[b"classifier"].decode()
-        self.indexed, self._appends = bool(self._table.list_indices()), 0
+        self._appends = 0
         self._check(dim, fingerprint)
 
     def _check(self, dim: int | None, fingerprint: str | None) -> None:
@@ -111,8 +108,9 @@ class EditStore:
     def read(self) -> tuple[list[Edit], Tensor, list[Change]]:
         """All that was ever added, by id, its embeddings (N, dim) float32, and the changes in order."""
         names = [name for name in self._table.schema.names if name != "picture"]
-        rows = self._table.search().select(names).limit(None).to_arrow().sort_by([("version", "ascending")])
-        added = rows.filter(pa.compute.equal(rows["change"], "add")).sort_by("id")
+        rows = _sorted(self._table.search().select(names).limit(None).to_arrow(), "version")
+        adds = pa.compute.equal(rows["change"], "add")
+        added = _sorted(rows if pa.compute.all(adds).as_py() else rows.filter(adds), "id")
         texts = (added[name].to_pylist() for name in ("image", "prompt", "answer"))
         edits = [Edit(*fields) for fields in zip(*texts, strict=True)]
         flat = added["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -120,29 +118,13 @@ class EditStore:
 
     def _with_images(self, edits: list[Edit]) -> list[Edit]:
         """The edits; where an image is no longer at its path, it is written out from the table."""
-        gone = {e.image for e in edits if not os.path.exists(e.image)}
+        gone = {image for image in {e.image for e in edits} if not os.path.exists(image)}
         for image in gone:
             i = next(i for i, e in enumerate(edits) if e.image == image)
             row = self._table.search().where(f"id = {i} AND change = 'add'").select(["picture"]).to_arrow()
             found = str(_write_picture(self.path / PICTURES, row["picture"][0].as_py(), Path(image).suffix))
             edits = [replace(e, image=found) if e.image == image else e for e in edits]
         return edits
-
-    def index(self) -> None:
-        """Build the approximate index anew; edits added later are searched beside it, exactly."""
-        index = IvfRq(num_partitions=PARTITIONS, max_iterations=5)
-        self._table.create_index("embedding", config=index, replace=True)
-        self.indexed = True
-
-    def nearest(self, embedding: Tensor, k: int, here: Tensor) -> list[int]:
-        """Ids (k) of the nearest rows of one query (dim,) by the index, of those that ``here`` (N,) bool marks."""
-        query = self._table.search(embedding.numpy(), vector_column_name="embedding")
-        query = query.select(["id", "_distance"]).nprobes(PARTITIONS).refine_factor(REFINE)
-        asked, found = k, []
-        while len(found) < k:  # what was removed is in the index still
-            found = [i for i in query.limit(asked).to_arrow()["id"].to_pylist() if here[i]]
-            asked *= 2
-        return found[:k]
 
     def close(self) -> None:
         """Let another writer in."""
@@ -163,6 +145,11 @@ def _lock(folder: Path):
             f"{folder} is being written by another; close that one, or open this one with read_only=True"
         ) from None
     return file
+
+
+def _sorted(rows: pa.Table, column: str) -> pa.Table:
+    """The rows by this column; they mostly are already, and a million take seconds to move."""
+    return rows if (np.diff(rows[column].to_numpy()) >= 0).all() else rows.sort_by(column)
 
 
 def _changes(rows: pa.Table) -> list[Change]:

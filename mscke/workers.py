@@ -64,8 +64,12 @@ def accelerated(accumulate: int, precision: str | None, cpu: bool) -> Accelerato
     return found
 
 
-def in_processes(function: Callable, items: Iterable[tuple], workers: int = 2, desc: str = "") -> list[Any]:
+def in_processes(
+    function: Callable, items: Iterable[tuple], workers: int = 2, desc: str = "", fresh: bool = False
+) -> list[Any]:
     """``[function(*item) for item in items]``, ``workers`` at a time, in the items' order.
+
+    With ``fresh`` each item has a process that did nothing before it.
 
     ``function`` must be importable by name. The first error stops what has not begun and is raised here.
     Where ``accelerate launch`` started several processes the items are done one after the other, and all
@@ -75,7 +79,8 @@ def in_processes(function: Callable, items: Iterable[tuple], workers: int = 2, d
     if processes().num_processes > 1:
         return [function(*item) for item in items]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, os.cpu_count() or 1), context, one_thread) as pool:
+    workers, tasks = min(workers, os.cpu_count() or 1), 1 if fresh else None
+    with ProcessPoolExecutor(workers, context, one_thread, max_tasks_per_child=tasks) as pool:
         futures = [pool.submit(function, *item) for item in items]
         try:
             for future in tqdm(as_completed(futures), total=len(items), desc=desc, mininterval=2):

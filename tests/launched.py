@@ -15,7 +15,8 @@ import torch
 from mscke.benchmark.sample import load_records
 from mscke.classifier import ClipEncoder, ScopeClassifier
 from mscke.editors.finetune import FineTune
-from mscke.editors.mend import MEND, MendNetworks, train_mend
+from mscke.editors.mend import MEND, MendNetworks
+from mscke.editors.mend_training import train_mend
 from mscke.editors.mscke import MSCKE
 from mscke.evaluation.protocol import evaluate_shared, save_rows
 from mscke.models.counterfactual import CounterfactualModel

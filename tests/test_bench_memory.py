@@ -36,7 +36,7 @@ def test_bytes_are_those_on_disk(table, records):
     assert few > pictures and 4 * 16 < many < 1000
 
 
-def test_recall_is_one_where_the_index_compares_all_and_falls_where_it_errs(
+def test_recall_is_one_where_all_are_compared_and_falls_where_it_errs(
     classifier, records, table, monkeypatch
 ):
     share = table.set_index("name")["ours"]
@@ -59,11 +59,11 @@ def test_recall_is_one_where_the_index_compares_all_and_falls_where_it_errs(
         assert wrong["memory_same_decision"] == same
 
 
-def test_the_figure_shows_exact_search_the_index_and_the_pass(table):
+def test_the_figure_shows_exact_search_codes_and_the_pass(table):
     ax = plot_growth(table).axes[0]
-    one_pass, more, exact, index = ax.get_lines()
+    one_pass, more, exact, coded = ax.get_lines()
     route = table[table["name"] == "memory_route"]
-    assert exact.get_xdata().tolist() == [1, 20, 400] and index.get_xdata().tolist() == [400]
-    assert index.get_ydata()[0] == 1e3 * route["ours"].iloc[-1]
+    assert exact.get_xdata().tolist() == [1, 20, 400] and coded.get_xdata().tolist() == [400]
+    assert coded.get_ydata()[0] == 1e3 * route["ours"].iloc[-1]
     assert exact.get_ydata()[-1] == 1e3 * table.set_index("name")["baseline"]["memory_route_exact"]
     np.testing.assert_allclose(more.get_ydata(), 1.5 * np.array(one_pass.get_ydata()))

@@ -9,7 +9,8 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from mscke.editors.mend import MEND, MendNetworks, train_mend
+from mscke.editors.mend import MEND, MendNetworks
+from mscke.editors.mend_training import train_mend
 from mscke.fit import fit
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.training import train_counterfactual

@@ -11,7 +11,7 @@ from PIL import Image
 from test_questions import meant, read, reply, touches
 
 from mscke import config
-from mscke.benchmark import load_benchmark
+from mscke.benchmark import load_benchmark, loaded_once
 from mscke.benchmark.facts import N_COUNTRIES, locality_facts, world_facts
 from mscke.benchmark.generate import OUT_OF_SCOPE, generate, record
 from mscke.benchmark.questions import IDENTITY
@@ -146,8 +146,10 @@ def test_the_picture_is_of_the_scene_in_meta(root):
 def test_a_track_is_loaded_whole_and_split_by_image(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "ROOT", tmp_path)
     track = dataclasses.replace(config.TRACKS["smoke"], n_train=20, n_test=5)
-    first, again = load_benchmark(track), load_benchmark(track)
-    assert first == again
+    first = load_benchmark(track)
+    assert load_benchmark(track) is first
+    loaded_once.clear()
+    assert load_benchmark(track) == first  # as it lies on disk
     assert (len(first.train), len(first.validation), len(first.test)) == (18, 2, 5)
     pictures = [{r.edit.image for r in part} for part in (first.train, first.validation, first.test)]
     assert len(set.union(*pictures)) == 25

@@ -6,8 +6,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
+from mscke import memory as memories
+from mscke import search
 from mscke.benchmark.sample import Edit
 from mscke.memory import EditMemory
+from mscke.search import products
 
 DIM = 3
 VECTORS = st.lists(st.lists(st.integers(-20, 20), min_size=DIM, max_size=DIM), min_size=1, max_size=4)
@@ -194,6 +197,38 @@ def test_nothing_is_no_change():
     assert memory.add([], torch.empty(0, DIM)) == [] and memory.log() == []
 
 
-def test_an_index_needs_a_path():
-    with pytest.raises(ValueError, match="an index is kept on disk"):
-        filled().index()
+@pytest.mark.parametrize("n", [1, 7, 8, 100])
+def test_a_single_query_is_searched_as_many_are(n):
+    z, queries = torch.randn(n, DIM), torch.randn(5, DIM)
+    alone = torch.cat([products(q, z) for q in queries.split(1)])
+    torch.testing.assert_close(alone, products(queries, z))
+    torch.testing.assert_close(alone, queries @ z.T)
+
+
+def test_codes_find_what_exact_search_finds(monkeypatch):
+    """Whether they are there from the start or since the memory outgrew exact search; lengths count."""
+    monkeypatch.setattr(memories, "EXACT", 1000)
+    monkeypatch.setattr(search, "CANDIDATES", 60)
+    rng = torch.Generator().manual_seed(0)
+    z = torch.randn(3001, 128, generator=rng) * torch.linspace(2, 0.1, 128)
+    z *= 0.5 + torch.rand(3001, 1, generator=rng)
+    edits, queries = (
+        [Edit("i", f"t{i}", "y") for i in range(3001)],
+        z[::100] + 0.1 * torch.randn(31, 128, generator=rng),
+    )
+    whole, grown = EditMemory(128), EditMemory(128)
+    whole.add(edits, z)
+    for part in (slice(0, 900), slice(900, 2500), slice(2500, 3001)):
+        grown.add(edits[part], z[part])
+    for memory in (whole, grown):
+        distance, ids = memory.nearest(queries, 3)
+        truth = memory.nearest(queries, 3, exact=True)
+        assert torch.equal(ids[:, 0], truth[1][:, 0]) and torch.equal(distance[:, 0], truth[0][:, 0])
+        assert (distance.diff(dim=1) >= 0).all() and (ids == truth[1]).float().mean() > 0.9
+        memory.remove(ids[:, 0].tolist())
+        again = memory.nearest(queries, 1)[1]
+        assert not set(again.flatten().tolist()) & set(ids[:, 0].tolist())
+        memory.undo()
+        assert torch.equal(memory.nearest(queries, 3)[1], ids)
+        memory.remove(range(3, 3001))  # fewer are left than are compared
+        assert set(memory.nearest(queries[:1], 5)[1][0].tolist()) == {0, 1, 2}

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from mscke.classifier import ScopeClassifier
-from mscke.editors.mend import MEND, MendNetworks, mend_loss, train_mend
+from mscke.editors.mend import MEND, MendNetworks
+from mscke.editors.mend_training import mend_loss, train_mend
 from mscke.editors.mscke import MSCKE
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM, embed, normalise_answer

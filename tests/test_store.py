@@ -9,6 +9,7 @@ import pytest
 import torch
 from writer import BATCH, DIM, change, content, hold, write
 
+from mscke import memory as memories
 from mscke.benchmark.sample import Edit, Query
 from mscke.classifier import ScopeClassifier
 from mscke.editors.mscke import RoutedModel
@@ -263,22 +264,18 @@ def test_after_an_undo_the_model_answers_as_before(path, classifier, mllm, recor
         assert all(torch.equal(a, b) for a, b in zip(before, found, strict=True))
 
 
-# ------------------------------------------------------------------------------- indexed
+# ------------------------------------------------------------------------------- by codes
 
 
-def test_the_index_finds_what_exact_search_finds(path, image):
+def test_a_memory_opened_again_is_searched_by_the_same_codes(path, image, monkeypatch):
+    monkeypatch.setattr(memories, "EXACT", 1000)
     torch.manual_seed(0)
-    n, dim = 2000, 32
-    z = torch.nn.functional.normalize(torch.randn(n, dim), dim=-1)
-    memory = EditMemory.open(path, "abc", dim)
-    memory.add([Edit(str(image), f"t{i}", "y") for i in range(n)], z)
-    memory.index()
-    late = memory.add([Edit(str(image), "late", "y")], -z[:1])
+    z = torch.nn.functional.normalize(torch.randn(2000, 32), dim=-1)
+    memory = EditMemory.open(path, "abc", 32)
+    memory.add([Edit(str(image), f"t{i}", "y") for i in range(2000)], z)
     memory.remove([5])
-    queries = torch.cat([z[:20], -z[:1]]) + 0.02 * torch.randn(21, dim)
-    distance, found = memory.nearest(queries, 3)
-    exact, ids = memory.nearest(queries, 3, exact=True)
-    assert torch.equal(found[:, 0], ids[:, 0]) and found[-1, 0] == late[0] and 5 not in found
-    assert torch.equal(distance[:, 0], exact[:, 0])
+    queries = z[:20] + 0.02 * torch.randn(20, 32)
+    found = memory.nearest(queries, 3)
     memory.close()
-    assert torch.equal(EditMemory.open(path, read_only=True).nearest(queries, 3)[1], found)
+    again = EditMemory.open(path, read_only=True).nearest(queries, 3)
+    assert 5 not in found[1] and all(torch.equal(a, b) for a, b in zip(found, again, strict=True))

@@ -21,12 +21,22 @@ class Benchmark:
     test: list[EditRecord]
 
 
+loaded_once: dict[tuple, Benchmark] = {}
+
+
 def load_benchmark(track: Track) -> Benchmark:
-    """Generate or fetch the track's records unless they are there, check every one, and split.
+    """Generate or fetch the track's records unless they are there, check every one, and split; once a process.
 
     Raises :class:`RecordError` for a record that cannot be used, and for data that are fetched
     :class:`mscke.benchmark.lock.FetchError` when something is missing or not as locked.
     """
+    of = (track.name, track.store, track.n_train, track.n_test, track.validation, track.seed)
+    if of not in loaded_once:
+        loaded_once[of] = _load(track)
+    return loaded_once[of]
+
+
+def _load(track: Track) -> Benchmark:
     if track.fetched:
         loaded = open_store(track=track).benchmark(track.sizes)
     else:

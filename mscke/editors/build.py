@@ -19,7 +19,8 @@ from mscke.editors.base import Editor
 from mscke.editors.finetune import FineTune
 from mscke.editors.grid import SENTENCES, Shared, Spec
 from mscke.editors.ike import IKE, choose_k
-from mscke.editors.mend import MEND, MendNetworks, train_mend
+from mscke.editors.mend import MEND, MendNetworks
+from mscke.editors.mend_training import train_mend
 from mscke.editors.mscke import MSCKE
 from mscke.editors.serac import MiniLMEncoder
 from mscke.models.clip import ClipEncoder
@@ -83,10 +84,25 @@ def train_one(track_name: str, method: str, backbone: str | None = None) -> None
         beside(track, bench, load_base(track, backbone))
 
 
+def encode_images(track_name: str, eyes: str) -> None:
+    """All images as one CLIP or one backbone sees them, in a process of its own."""
+    track = get_track(track_name)
+    bench = load_benchmark(track)
+    tables = clip_encoder(track, eyes) if eyes in track.clips else load_base(track, eyes)
+    tables.images(sorted({r.edit.image for r in [*bench.train, *bench.validation, *bench.test]}))
+
+
 def train(track: Track) -> None:
     """Train all that the main table needs, ``track.workers`` at a time; what is finished already is left."""
+    first, *rest = track.backbones
+    eyes = [
+        first,
+        *track.clips,
+        *rest,
+    ]  # the others often look with the first's eyes, whose features then are there
     with processes().main_process_first():
         load_benchmark(track)
+        in_processes(encode_images, [(track.name, each) for each in eyes], track.workers, "images")
     jobs = [(track.name, method, b) for method in ("MEND", "IKE", "counterfactual") for b in track.backbones]
     jobs += [(track.name, method) for method in SCOPED]
     in_processes(train_one, jobs, track.workers, "trainings")

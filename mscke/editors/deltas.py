@@ -63,7 +63,7 @@ def matrices(language_model: nn.Module, layers: int) -> list[str]:
 
 @contextmanager
 def applied(language_model: nn.Module, deltas: Deltas) -> Iterator[None]:
-    """Within it, row b of every batch runs under the b-th edit of ``deltas``, or all under its only one."""
+    """Within it every batch's rows run under the edits of ``deltas``: B rows under E edits, B / E under each in turn."""
 
     def adds(delta: Dense | LowRank) -> Callable:
         def hook(_: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
@@ -106,16 +106,26 @@ class DeltaModel:
                 f"{self.n} edits make {self.n} models: say with `among` which one each query is for"
             )
         among = torch.zeros(len(queries), dtype=torch.long) if among is None else among
-        language_model, results = self.base.model.language_model, []
-        for part in in_batches(len(queries), self.batch_size):
+        language_model, results, run = self.base.model.language_model, [], run_length(among)
+        for part in in_batches(len(queries), max(run, self.batch_size // run * run)):
             edits, rows = among[part].unique(return_inverse=True)
             deltas, asked = self.deltas(edits), queries[part]
-            if len(edits) > 1:
+            if run == 1 and len(edits) > 1:
                 deltas = {name: delta[rows] for name, delta in deltas.items()}
             inputs = (self.base.prompts(asked), *(e[part] for e in extra), self.base.see(asked))
             with applied(language_model, deltas):
                 results += ask(language_model, self.base.encoder, *inputs)
         return results
+
+
+def run_length(among: Tensor) -> int:
+    """How often each edit of ``among`` (B,) follows itself, if they ascend and it is the same for all; else 1.
+
+    In such runs, as records' queries come, an update need not be copied for each of its queries.
+    """
+    edits, counts = among.unique_consecutive(return_counts=True)
+    even = len(edits) > 0 and bool((edits.diff() > 0).all() and (counts == counts[0]).all())
+    return int(counts[0]) if even else 1
 
 
 Stages = Iterator[tuple[int, DeltaModel]]  # sequential edits: (N, the model after N of them), N ascending
@@ -165,7 +175,7 @@ def gradient(language_model: nn.Module, names: Sequence[str], reading: Reading) 
     """Each row's loss (B) and its gradient by the named matrices, in its rank-one factors.
 
     A linear map's gradient is Σ_t δ_t u_tᵀ: ``left`` the loss's gradient δ by the map's outputs,
-    ``right`` its inputs u, at every position t. Both float32.
+    ``right`` its inputs u, at every position t but those where no row's loss feels it. Both float32.
     """
     seen = {}
 
@@ -182,9 +192,9 @@ def gradient(language_model: nn.Module, names: Sequence[str], reading: Reading) 
             stack.enter_context(language_model.get_submodule(name).register_forward_hook(keeps(name)))
         losses = reading.loss(language_model(**reading.inputs).logits)
         left = torch.autograd.grad(losses.sum(), [output for _, output in seen.values()])
-    factors = {name: (y, u) for (name, (u, _)), y in zip(seen.items(), left, strict=True)}
-    rows = len(losses)
-    return losses.detach(), {
-        name: LowRank(*(f.reshape(rows, -1, f.shape[-1]).float() for f in pair))
-        for name, pair in factors.items()
-    }
+    factors, rows = {}, len(losses)
+    for (name, (u, _)), y in zip(seen.items(), left, strict=True):
+        y, u = (f.reshape(rows, -1, f.shape[-1]) for f in (y, u))
+        felt = y.any(-1).any(0)  # by the last layer's MLP only where the answer is predicted
+        factors[name] = LowRank(y[:, felt].float(), u[:, felt].float())
+    return losses.detach(), factors

@@ -59,6 +59,11 @@ class Spec:
         return track.outputs / "trained" / "-".join(map(str, parts))
 
 
+def recipe(track: Track, fusion: str) -> dict:
+    """How the track trains a classifier of this fusion: arguments of :func:`train_classifier`."""
+    return {"epochs": track.classifier_epochs} | track.recipe("classifier", fusion)
+
+
 def load_clip(track: Track, clip: str, cache: Path | None = None) -> ClipEncoder:
     """The frozen CLIP that the track calls ``clip``, fetched if it has to be."""
     return ClipEncoder(
@@ -125,7 +130,7 @@ class Shared:
             told = told | {"others": 0.0}
         curve = train_classifier(
             classifier, records, self.bench.validation, spec.folder(self.track),
-            self.track.classifier_epochs, seed=spec.seed, **told, **self.track.recipe("classifier"),
+            seed=spec.seed, **told, **recipe(self.track, spec.fusion),
         )  # fmt: skip
         return classifier.eval(), curve
 
@@ -136,12 +141,14 @@ def train_grid(track: Track, specs: Iterable[Spec], workers: int = 2) -> dict[Sp
     The bytes written do not depend on ``workers``. Raises ValueError as :func:`train_classifier` does.
     """
     specs, shared = list(specs), Shared.of(track)
-    missing = {spec.folder(track): spec for spec in specs if not _finished(spec.folder(track), track)}
-    for spec in {spec.encoder: spec for spec in missing.values()}.values():  # workers only read features
+    missing = {spec.folder(track): spec for spec in specs if not _finished(spec, track)}
+    # in this order a worker encodes the records once for all classifiers on one encoder
+    by_encoder = sorted(missing.values(), key=lambda spec: spec.encoder or track.clip)
+    for spec in {spec.encoder: spec for spec in by_encoder}.values():  # workers only read features
         for records in (shared.bench.train, shared.bench.validation):
             encode_records(shared.fresh(spec), records)
     if missing:
-        in_processes(_train, [(track, spec) for spec in missing.values()], workers, "scope classifiers")
+        in_processes(_train, [(track, spec) for spec in by_encoder], workers, "scope classifiers")
     return {spec: shared.trained(spec)[0] for spec in specs}
 
 
@@ -149,6 +156,6 @@ def _train(track: Track, spec: Spec) -> None:
     Shared.of(track).trained(spec)
 
 
-def _finished(folder: Path, track: Track) -> bool:
-    curve = folder / "curve.csv"
-    return curve.exists() and len(pd.read_csv(curve)) == track.classifier_epochs
+def _finished(spec: Spec, track: Track) -> bool:
+    curve = spec.folder(track) / "curve.csv"
+    return curve.exists() and len(pd.read_csv(curve)) == recipe(track, spec.fusion)["epochs"]

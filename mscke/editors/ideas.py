@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mscke.classifier import ScopeClassifier
 from mscke.config import get_track
-from mscke.editors.grid import Shared, Spec
+from mscke.editors.grid import Shared, Spec, recipe
 from mscke.models.attention import sum_patches
 from mscke.models.clip import Features
 from mscke.training import train_classifier
@@ -75,6 +75,7 @@ def try_idea(track_name: str, name: str, seed: int = 0) -> pd.DataFrame:
     shared = Shared.of(track)
     folder = track.outputs / "trained" / f"idea-{name.replace(' ', '-')}-{seed}"
     classifier = shared.fresh(spec, IDEAS[name])
+    told = recipe(track, spec.fusion)
     return train_classifier(
-        classifier, shared.bench.train, shared.bench.validation, folder, track.classifier_epochs, seed=seed
+        classifier, shared.bench.train, shared.bench.validation, folder, seed=seed, **told
     )

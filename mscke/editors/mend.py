@@ -7,10 +7,7 @@ maps each pair (u_t, δ_t) to another; the update is −α Σ_t δ̃_t ũ_tᵀ. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
@@ -19,13 +16,7 @@ from tqdm import tqdm
 
 from mscke.benchmark.sample import Edit, EditRecord, Query
 from mscke.editors.deltas import DeltaModel, Deltas, Dense, LowRank, Stages, applied, gradient, matrices, read
-from mscke.fit import fit
-from mscke.models.features import fingerprint
-from mscke.models.mllm import MLLM, Forced, normalise_answer
-from mscke.training import IN_ROLES, ROLES, digest, held_loss, of_rows, tokens
-
-TRAINED = ("reliability", "in_scope", "out_of_scope", "locality")  # of a record's queries, those that train
-MEASURED = 256  # train edits, at most, whose gradients give the pairs' mean and standard deviation
+from mscke.models.mllm import MLLM, Forced
 
 
 class EditorNetwork(nn.Module):
@@ -148,61 +139,3 @@ class MEND:
         """A model of the edits without their repetitions, and each one's place (B) among them."""
         place = {edit: i for i, edit in enumerate(dict.fromkeys(edits))}
         return self._under(list(place)), torch.tensor([place[edit] for edit in edits])
-
-
-def mend_loss(mend: MEND, records: Sequence[EditRecord], c_edit: float = 1.0, c_loc: float = 1.0) -> Tensor:
-    """c_edit × cross-entropy where the answer must change + c_loc × KL(before ‖ after) where it must not.
-
-    Both are means over the answers' tokens, and over records and roles (MEND, §3.2): the edit and the in-scope
-    question must change, the out-of-scope and the text-only one must not. The rephrasing is left to be inferred.
-    """
-    language_model = mend.base.model.language_model
-    queries = [r.queries[role] for role in TRAINED for r in records]
-    reading = read(mend.base, queries, [r.answers[role] for role in TRAINED for r in records])
-    updates = mend.networks(mend.gradients([r.edit for r in records]))
-    rows, changed = torch.arange(len(records)).repeat(len(TRAINED)), 2 * len(records)
-    with applied(language_model, {n: u[rows] for n, u in updates.items()}):
-        after = language_model(**reading.inputs).logits
-    kept = reading[changed:]
-    with torch.no_grad():
-        before = language_model(**kept.inputs).logits
-    where = kept.labels >= 0
-    p, q = (logits[where].float().log_softmax(-1) for logits in (before, after[changed:]))
-    edited = reading[:changed].loss(after[:changed]).mean()
-    return c_edit * edited + c_loc * F.kl_div(q, p, log_target=True, reduction="batchmean")
-
-
-def train_mend(
-    mend: MEND,
-    train: Sequence[EditRecord],
-    validation: Sequence[EditRecord],
-    folder: Path,
-    epochs: int = 2,
-    lr: float = 2e-3,
-    batch_size: int = 24,
-    seed: int = 0,
-    c_edit: float = 1.0,
-    c_loc: float = 1.0,
-    **options,
-) -> pd.DataFrame:
-    """Train MEND's networks in place; returns the curve, resumes as :func:`mscke.fit.fit` says."""
-    measured = min(MEASURED, mend.base.batch_size // 2)  # all in one batch
-    mend.networks.measure(mend.gradients([r.edit for r in train[:measured]]))
-
-    def share(records: Sequence[EditRecord], part: slice) -> Tensor:  # means over records, and over tokens
-        some, kept = records[part], ROLES[3:]
-        of_tokens = tokens(mend.base, some, kept) / tokens(mend.base, records, kept)
-        return mend_loss(mend, some, c_edit * (len(some) / len(records)), c_loc * of_tokens)
-
-    def evaluate() -> dict[str, float]:
-        rows = [(r.queries[role], r.edit, r.answers[role]) for r in validation for role in ROLES]
-        queries, edits, gold = map(list, zip(*rows, strict=True))
-        rows = zip(mend.answer(queries, edits), gold, mend.base.answer(queries), strict=True)
-        same = torch.tensor([(a == normalise_answer(g), a == b) for a, g, b in rows]).float()
-        right = torch.where(torch.tensor(IN_ROLES), *same.view(-1, len(ROLES), 2).mean(0).unbind(-1))
-        return {f"right_{r}": float(v) for r, v in zip(ROLES, right, strict=True)}
-
-    frozen = fingerprint(mend.base.model)
-    made_of = {"records": digest(train), "frozen": frozen, "c_edit": c_edit, "c_loc": c_loc}
-    run = (folder, epochs, lr, batch_size, seed, made_of, partial(held_loss, share, validation, batch_size))
-    return fit(mend.networks, of_rows(share, train), evaluate, len(train), *run, **options)

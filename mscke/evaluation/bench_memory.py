@@ -1,14 +1,15 @@
 """The edit memory from one edit to a million, as rows of ``bench.csv``.
 
 * ``memory_route``: seconds to route one query, its embedding and the search, against its embedding alone.
-  The search is exact but for the last size, which has an index on disk; ``memory_route_exact`` is that
-  against exact search among as many;
+  The search is exact up to :data:`mscke.memory.EXACT` edits, beyond them by codes; ``memory_route_exact`` is
+  the last size against exact search among as many;
 * ``memory_bandwidth``: the bytes of the matrix that an exact search of one query gets through in a second,
   against those that summing it does;
-* ``memory_recall``: the share of queries for which the index finds the edit that exact search finds, among
+* ``memory_recall``: the share of queries for which the codes find the edit that exact search finds, among
   those that an edit in memory is to answer; ``…_out_of_scope`` among those that none is, whose nearest
   edit is a stranger; ``memory_same_decision``: the share of all that are answered by the same edit, or none;
-* ``memory_add``, ``memory_index``, ``memory_open``, ``memory_bytes``: what it costs to have it on disk.
+* ``memory_codes``: seconds to make the codes; ``memory_add``, ``memory_open``, ``memory_bytes``: what it costs
+  to have the memory on disk.
 
 Beyond the real edits the memory holds embeddings :func:`~mscke.evaluation.bench_timing.alike` theirs. The
 queries are the real edits' own, so the edit that each should find is among the n.
@@ -31,6 +32,7 @@ from mscke.classifier import ScopeClassifier
 from mscke.evaluation.bench_timing import alike, compare, encoding
 from mscke.evaluation.cost import in_turns
 from mscke.memory import EditMemory
+from mscke.search import Codes
 
 SIZES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 IN_SCOPE = ("reliability", "generality", "in_scope")
@@ -57,7 +59,7 @@ def rows(
     memory, costs = on_disk(bare, z, Path(folder, "large"))
     return [
         *found, *costs,
-        *routing(embed, memory, index=True),
+        *routing(embed, memory, exact=True),
         *recall(classifier, memory, records[:ASKED]),
     ]  # fmt: skip
 
@@ -67,10 +69,10 @@ def many(edits: Sequence[Edit], n: int) -> list[Edit]:
     return (list(edits) * -(-n // len(edits)))[:n]
 
 
-def routing(embed: Callable[[int], Tensor], memory: EditMemory, index: bool = False) -> list[dict]:
-    """Seconds from one query to its edit against those of its embedding; with an index, of exact search too."""
+def routing(embed: Callable[[int], Tensor], memory: EditMemory, exact: bool = False) -> list[dict]:
+    """Seconds from one query to its edit against those of its embedding, and if asked of exact search."""
     ways = {"ours": lambda: memory.nearest(embed(1)), "baseline": lambda: embed(1)}
-    if index:
+    if exact:
         ways["exact"] = lambda: memory.nearest(embed(1), exact=True)
     return compare("memory_route", len(memory), "query", ways)
 
@@ -85,26 +87,27 @@ def bandwidth(memory: EditMemory, query: Tensor) -> dict:
 
 
 def on_disk(edits: Sequence[Edit], z: Tensor, path: Path) -> tuple[EditMemory, list[dict]]:
-    """A memory of these edits on disk, indexed, written and opened again; and what each took."""
+    """A memory of these edits on disk, written and opened again; and what each took."""
     begun, n = time.perf_counter(), len(edits)
     memory = EditMemory.open(path, dim=z.shape[1])
     for start in tqdm(range(0, n, PART), desc=f"writing {n:,} edits", mininterval=2):
         memory.add(edits[start : start + PART], z[start : start + PART])
     written, size = time.perf_counter(), sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-    memory.index()
-    indexed = time.perf_counter()
     memory.close()
     memory = None  # a million edits are a gigabyte: not twice
+    closed = time.perf_counter()
     memory = EditMemory.open(path, read_only=True)
     opened = time.perf_counter()
+    Codes(memory.embeddings)
+    coded = time.perf_counter()
     return memory, [
         row("add", n, (written - begun) / n, "s/edit"), row("bytes", n, size / n, "bytes/edit"),
-        row("index", n, indexed - written, "s"), row("open", n, opened - indexed, "s"),
+        row("open", n, opened - closed, "s"), row("codes", n, coded - opened, "s"),
     ]  # fmt: skip
 
 
 def recall(classifier: ScopeClassifier, memory: EditMemory, records: Sequence[EditRecord]) -> list[dict]:
-    """How often the index finds what exact search finds, and how often the router then decides the same."""
+    """How often the codes find what exact search finds, and how often the router then decides the same."""
     same, decided = {}, {}
     for role in (*IN_SCOPE, "out_of_scope"):
         queries = classifier.embed([r.queries[role] for r in records])

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mscke.benchmark.sample import Query, open_image
@@ -64,6 +63,10 @@ def alike(real: Tensor, n: int, seed: int = 0) -> Tensor:
     What an exact search costs does not depend on the values.
     """
     values, vectors = torch.linalg.eigh(real.T.cov())
-    noise = torch.randn(max(0, n - len(real)), real.shape[1], generator=torch.Generator().manual_seed(seed))
-    drawn = real.mean(0) + (noise * values.clamp(min=0).sqrt()) @ vectors.T
-    return torch.cat([real[:n], F.normalize(drawn, dim=-1) * real.norm(dim=-1).mean()])
+    found = torch.empty(n, real.shape[1])  # a million are a gigabyte: in place
+    found[: len(real)] = real[:n]
+    drawn = found[len(real) :]
+    noise = torch.randn(drawn.shape, generator=torch.Generator().manual_seed(seed))
+    torch.addmm(real.mean(0), noise.mul_(values.clamp(min=0).sqrt()), vectors.T, out=drawn)
+    drawn *= real.norm(dim=-1).mean() / drawn.norm(dim=-1, keepdim=True)
+    return found

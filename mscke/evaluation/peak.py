@@ -33,9 +33,8 @@ def peak_memory(track: Track, backbone: str, batches: Sequence[int]) -> pd.DataF
 
     The counterfactual model's is what it adds to a loaded base model, through whose vision it sees.
     """
-    found = {
-        part: in_processes(_peaks, [(track.name, part, backbone, sorted(batches))], 1)[0] for part in PARTS
-    }
+    items = [(track.name, part, backbone, sorted(batches)) for part in PARTS]
+    found = dict(zip(PARTS, in_processes(_peaks, items, track.workers, fresh=True), strict=True))
     rows = [
         (part, batch, peak / 2**20)
         for part, peaks in found.items()

@@ -27,7 +27,8 @@ class FeatureTable:
     """Rows of features by key (a text, say), computed in batches when first asked for.
 
     ``compute`` maps a list of keys to a tuple of tensors, each (B, …). With a ``path`` the table is
-    read from that safetensors file if it is there, and written back whenever it has grown.
+    read from that safetensors file if it is there, and written back whenever it has grown; what another
+    process has written there is read before anything is computed.
     """
 
     def __init__(
@@ -41,19 +42,30 @@ class FeatureTable:
         self.rows: dict[str, int] = {}
         self.stamps: dict[str, str] = {}
         self.columns: tuple[Tensor, ...] = ()
-        if path is not None and path.exists():
-            try:
-                with safe_open(path, "pt") as file:
-                    header = file.metadata()
-                    columns = tuple(file.get_tensor(name) for name in sorted(file.keys()))
-            except SafetensorError:  # cut off by a crash: compute it again
-                path.unlink()
-            else:
-                keys, stamps = (json.loads(header.get(name, "{}")) for name in ("keys", "stamps"))
-                valid = [i for i, key in enumerate(keys) if stamps.get(key, "") == self.stamp(key)]
-                self.rows = {keys[i]: row for row, i in enumerate(valid)}
-                self.stamps = {key: stamps[key] for key in self.rows if key in stamps}
-                self.columns = columns if len(valid) == len(keys) else tuple(c[valid] for c in columns)
+        self._version = 0  # of the file, as it was read or written last
+        self._read()
+
+    def _read(self) -> None:
+        """Take what the file holds, if another process has written it since, instead of what is here."""
+        if (version := self._written()) in (0, self._version):
+            return
+        self._version = version
+        try:
+            with safe_open(self.path, "pt") as file:
+                header = file.metadata()
+                columns = tuple(file.get_tensor(name) for name in sorted(file.keys()))
+        except SafetensorError:  # cut off by a crash: compute it again
+            self.path.unlink()
+            return
+        keys, stamps = (json.loads(header.get(name, "{}")) for name in ("keys", "stamps"))
+        valid = [i for i, key in enumerate(keys) if stamps.get(key, "") == self.stamp(key)]
+        self.rows = {keys[i]: row for row, i in enumerate(valid)}
+        self.stamps = {key: stamps[key] for key in self.rows if key in stamps}
+        self.columns = columns if len(valid) == len(keys) else tuple(c[valid] for c in columns)
+
+    def _written(self) -> int:
+        """When the file was written (ns since 1970); 0 where there is none."""
+        return self.path.stat().st_mtime_ns if self.path is not None and self.path.exists() else 0
 
     def stamp(self, key: str) -> str:
         """What must stay as it was for a row on disk to be good still; nothing by default."""
@@ -62,6 +74,8 @@ class FeatureTable:
     @torch.inference_mode()
     def __call__(self, keys: Sequence[str]) -> Tensor:
         """Row numbers (B,) of ``keys`` in :attr:`columns`, after computing those not there yet."""
+        if any(key not in self.rows for key in keys):
+            self._read()
         new = [key for key in dict.fromkeys(keys) if key not in self.rows]
         new.sort(key=len)  # texts of one length share a batch; the order of rows is of no consequence
         stamps = {key: stamp for key in new if (stamp := self.stamp(key))}  # taken before it is read
@@ -85,6 +99,7 @@ class FeatureTable:
         columns = {f"{i:02d}": column.contiguous() for i, column in enumerate(self.columns)}
         header = {"keys": json.dumps(list(self.rows)), "stamps": json.dumps(self.stamps)}
         save_file(columns, temporary, metadata=header)
+        self._version = temporary.stat().st_mtime_ns
         os.replace(temporary, self.path)
 
 

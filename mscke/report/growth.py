@@ -13,7 +13,7 @@ def plot_growth(rows: pd.DataFrame) -> Figure:
     """Milliseconds to route one query against the memory's size, on log scales; the classifier's pass a line.
 
     ``rows`` of :mod:`mscke.evaluation.bench_memory` (name, n, ours, baseline): the last ``memory_route``
-    is by the index, all before it are exact.
+    is by codes, all before it are exact.
     """
     route, exact = (rows[rows["name"] == name] for name in ("memory_route", "memory_route_exact"))
     sizes = [*route["n"][:-1], *exact["n"]]
@@ -27,7 +27,7 @@ def plot_growth(rows: pd.DataFrame) -> Figure:
     ax.plot(
         sizes, 1e3 * pd.concat([route["ours"][:-1], exact["baseline"]]), "o-", color=IN, label="exact search"
     )
-    ax.plot(route["n"][-1:], 1e3 * route["ours"][-1:], "D", color=OUT, label="index on disk")
+    ax.plot(route["n"][-1:], 1e3 * route["ours"][-1:], "D", color=OUT, label="by eight-bit codes")
     ax.set(xscale="log", yscale="log", xlabel="edits in memory", ylabel="milliseconds to route one query")
     ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
     ax.tick_params(axis="x", which="minor", bottom=False)
