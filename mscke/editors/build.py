@@ -73,37 +73,33 @@ def classifiers(track: Track) -> dict[str, tuple[ScopeClassifier, pd.DataFrame]]
     return {method: classifier(track, method) for method in SCOPED}
 
 
-def train_one(track_name: str, method: str, backbone: str | None = None) -> None:
-    """One training of :func:`train`, in a process of its own."""
+def train_one(track_name: str, method: str, beside: str | None = None) -> None:
+    """One step of :func:`train`, in a process of its own."""
     track = get_track(track_name)
     bench = load_benchmark(track)
-    if backbone is None:
+    if method == "images":
+        encode_images(track, bench, beside)
+    elif beside is None:
         classifier(track, method)
     else:
-        beside = {"MEND": mend, "IKE": ike_choices, "counterfactual": counterfactual}[method]
-        beside(track, bench, load_base(track, backbone))
+        make = {"MEND": mend, "IKE": ike_choices, "counterfactual": counterfactual}[method]
+        make(track, bench, load_base(track, beside))
 
 
-def encode_images(track_name: str, eyes: str) -> None:
-    """All images as one CLIP or one backbone sees them, in a process of its own."""
-    track = get_track(track_name)
-    bench = load_benchmark(track)
-    tables = clip_encoder(track, eyes) if eyes in track.clips else load_base(track, eyes)
-    tables.images(sorted({r.edit.image for r in [*bench.train, *bench.validation, *bench.test]}))
+def encode_images(track: Track, bench: Benchmark, eyes: str) -> None:
+    """All images as a CLIP or a backbone of this name sees them."""
+    encoder = clip_encoder(track, eyes) if eyes in track.clips else load_base(track, eyes)
+    with processes().main_process_first():
+        encoder.images(sorted({r.edit.image for r in [*bench.train, *bench.validation, *bench.test]}))
 
 
 def train(track: Track) -> None:
     """Train all that the main table needs, ``track.workers`` at a time; what is finished already is left."""
-    first, *rest = track.backbones
-    eyes = [
-        first,
-        *track.clips,
-        *rest,
-    ]  # the others often look with the first's eyes, whose features then are there
     with processes().main_process_first():
         load_benchmark(track)
-        in_processes(encode_images, [(track.name, each) for each in eyes], track.workers, "images")
-    jobs = [(track.name, method, b) for method in ("MEND", "IKE", "counterfactual") for b in track.backbones]
+    # the other backbones often look with the first one's eyes, so that by their turn its features are there
+    jobs = [(track.name, "images", eyes) for eyes in (*list(track.backbones)[:1], *track.clips)]
+    jobs += [(track.name, method, b) for method in ("MEND", "IKE", "counterfactual") for b in track.backbones]
     jobs += [(track.name, method) for method in SCOPED]
     in_processes(train_one, jobs, track.workers, "trainings")
 

@@ -106,26 +106,33 @@ class DeltaModel:
                 f"{self.n} edits make {self.n} models: say with `among` which one each query is for"
             )
         among = torch.zeros(len(queries), dtype=torch.long) if among is None else among
-        language_model, results, run = self.base.model.language_model, [], run_length(among)
+        language_model, results = self.base.model.language_model, []
+        run = len(among) // max(
+            1, len(among.unique())
+        )  # queries of an edit: a batch ends with an edit's last
         for part in in_batches(len(queries), max(run, self.batch_size // run * run)):
             edits, rows = among[part].unique(return_inverse=True)
-            deltas, asked = self.deltas(edits), queries[part]
-            if run == 1 and len(edits) > 1:
-                deltas = {name: delta[rows] for name, delta in deltas.items()}
-            inputs = (self.base.prompts(asked), *(e[part] for e in extra), self.base.see(asked))
-            with applied(language_model, deltas):
-                results += ask(language_model, self.base.encoder, *inputs)
+            deltas, found = self.deltas(edits), {}
+            for some in apart(queries[part]):
+                asked, mine = [queries[part][i] for i in some], rows[some]
+                own = deltas if in_turn(mine, len(edits)) else {n: d[mine] for n, d in deltas.items()}
+                inputs = self.base.prompts(asked), *([e[part][i] for i in some] for e in extra)
+                with applied(language_model, own):
+                    answers = ask(language_model, self.base.encoder, *inputs, self.base.see(asked))
+                found |= zip(some, answers, strict=True)
+            results += [found[i] for i in range(len(found))]
         return results
 
 
-def run_length(among: Tensor) -> int:
-    """How often each edit of ``among`` (B,) follows itself, if they ascend and it is the same for all; else 1.
+def apart(queries: Sequence[Query]) -> list[list[int]]:
+    """Places of the queries with an image, and of those without: together the short ones would be padded."""
+    found = [[i for i, q in enumerate(queries) if (q.image is None) == text] for text in (False, True)]
+    return [some for some in found if some]
 
-    In such runs, as records' queries come, an update need not be copied for each of its queries.
-    """
-    edits, counts = among.unique_consecutive(return_counts=True)
-    even = len(edits) > 0 and bool((edits.diff() > 0).all() and (counts == counts[0]).all())
-    return int(counts[0]) if even else 1
+
+def in_turn(rows: Tensor, n: int) -> bool:
+    """Whether ``rows`` (B,) are 0 0 … 1 1 … n−1, equally often: then no update need be copied for its queries."""
+    return len(rows) % n == 0 and torch.equal(rows, torch.arange(n).repeat_interleave(len(rows) // n))
 
 
 Stages = Iterator[tuple[int, DeltaModel]]  # sequential edits: (N, the model after N of them), N ascending

@@ -26,8 +26,8 @@ from mscke.models.mllm import (
     MLLM,
     TEMPLATE,
     Forced,
+    by_length,
     generate,
-    in_batches,
     normalise_answer,
     teacher_force,
 )
@@ -78,6 +78,10 @@ class InContextModel:
             raise ValueError(f"a prompt of {longest} tokens exceeds {limit}: lower k (see largest_k)")
         return prompts
 
+    def _size(self, prompts: list[list[int]]) -> int:
+        """How many prompts a batch has: they are long."""
+        return max(1, TOKENS * self.base.batch_size // max(map(len, prompts), default=1))
+
     def answer(self, queries: Sequence[Query], among: Tensor | None = None) -> list[str]:
         """Greedy answers (B), normalised."""
         prompts, base = self.prompts(queries, among), self.base
@@ -86,7 +90,7 @@ class InContextModel:
             visual = base.see([queries[i] for i in rows])
             return generate(base.model.language_model, base.encoder, [prompts[i] for i in rows], visual)
 
-        return _by_length(prompts, ask, TOKENS * base.batch_size)
+        return by_length(prompts, ask, self._size(prompts))
 
     def force(
         self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None
@@ -100,15 +104,7 @@ class InContextModel:
             texts = [prompts[i] for i in rows], [gold[i] for i in rows]
             return teacher_force(base.model.language_model, base.encoder, *texts, visual)
 
-        return _by_length(prompts, ask, TOKENS * base.batch_size)
-
-
-def _by_length(prompts: list[list[int]], ask: Callable[[list[int]], list], tokens: int) -> list:
-    """``ask`` of all rows in batches of some ``tokens`` and about one length; results in the prompts' order."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    size = max(1, tokens // max(map(len, prompts), default=1))
-    found = [result for part in in_batches(len(order), size) for result in ask(order[part])]
-    return [found[place] for place in sorted(range(len(order)), key=order.__getitem__)]
+        return by_length(prompts, ask, self._size(prompts))
 
 
 class IKE:

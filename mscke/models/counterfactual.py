@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mscke.benchmark.sample import Edit, Query
-from mscke.models.mllm import IN_CONTEXT, MLLM, Batch, Forced, embed, generate, in_batches, teacher_force
+from mscke.models.mllm import IN_CONTEXT, MLLM, Batch, Forced, by_length, embed, generate, teacher_force
 
 
 class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
@@ -96,13 +96,14 @@ class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
         self, queries: Sequence[Query], edits: Sequence[Edit], batch_size: int | None = None
     ) -> list[str]:
         """Greedy answers to (B) queries, each under its own edit."""
-        answers = []
-        for part in in_batches(len(queries), batch_size or self.base.batch_size):
-            prompts = self.prompts(queries[part], edits[part])
-            with self.mixed():
-                visual = self.see(queries[part])
-                answers += generate(self.language_model, self.base.encoder, prompts, visual)
-        return answers
+        prompts = self.prompts(queries, edits)
+
+        def ask(rows: list[int]) -> list[str]:
+            visual = self.see([queries[i] for i in rows])
+            return generate(self.language_model, self.base.encoder, [prompts[i] for i in rows], visual)
+
+        with self.mixed():
+            return by_length(prompts, ask, batch_size or self.base.batch_size)
 
     @torch.inference_mode()
     def force(
@@ -113,13 +114,18 @@ class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
         batch_size: int | None = None,
     ) -> list[Forced]:
         """Teacher-forced predictions of (B) gold answers, each under its own edit."""
-        encoder, forced = self.base.encoder, []
-        for part in in_batches(len(queries), batch_size or self.base.batch_size):
-            prompts = self.prompts(queries[part], edits[part])
-            ids = [encoder.answer(a, eos=False) for a in answers[part]]
-            with self.mixed():
-                forced += teacher_force(self.language_model, encoder, prompts, ids, self.see(queries[part]))
-        return forced
+        encoder, prompts = self.base.encoder, self.prompts(queries, edits)
+        ids = [encoder.answer(a, eos=False) for a in answers]
+
+        def ask(rows: list[int]) -> list[Forced]:
+            texts, visual = (
+                ([t[i] for i in rows] for t in (prompts, ids)),
+                self.see([queries[i] for i in rows]),
+            )
+            return teacher_force(self.language_model, encoder, *texts, visual)
+
+        with self.mixed():
+            return by_length(prompts, ask, batch_size or self.base.batch_size)
 
 
 class LastLayers(CounterfactualModel):

@@ -7,7 +7,7 @@ the two is a :class:`PromptFormat`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,6 +205,13 @@ def in_batches(n: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
+def by_length(prompts: list[list[int]], ask: Callable[[list[int]], list], size: int) -> list:
+    """``ask`` of all rows, ``size`` at a time and about as long as each other; results in the prompts' order."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found = [result for part in in_batches(len(order), size) for result in ask(order[part])]
+    return [found[place] for place in sorted(range(len(order)), key=order.__getitem__)]
+
+
 class MLLM:
     """A frozen multimodal language model that answers questions, in batches.
 
@@ -296,10 +303,14 @@ class MLLM:
     def answer(self, queries: Sequence[Query], batch_size: int | None = None) -> list[str]:
         """Greedy answers to (B) queries, normalised for exact match."""
         new = [q for q in dict.fromkeys(queries) if q not in self._answers]
-        for part in in_batches(len(new), batch_size or self.batch_size):
-            chunk = new[part]
-            texts = generate(self.model.language_model, self.encoder, self.prompts(chunk), self.see(chunk))
-            self._answers.update(zip(chunk, texts, strict=True))
+        prompts = self.prompts(new)
+
+        def ask(rows: list[int]) -> list[str]:
+            visual = self.see([new[i] for i in rows])
+            return generate(self.model.language_model, self.encoder, [prompts[i] for i in rows], visual)
+
+        texts = by_length(prompts, ask, batch_size or self.batch_size)
+        self._answers.update(zip(new, texts, strict=True))
         return [self._answers[q] for q in queries]
 
     def force(
@@ -308,11 +319,16 @@ class MLLM:
         """Teacher-forced predictions of (B) gold answers."""
         pairs = list(zip(queries, answers, strict=True))
         new = [p for p in dict.fromkeys(pairs) if p not in self._forced]
-        for part in in_batches(len(new), batch_size or self.batch_size):
-            chunk, gold = zip(*new[part], strict=True)
-            ids = [self.encoder.answer(a, eos=False) for a in gold]
-            found = teacher_force(
-                self.model.language_model, self.encoder, self.prompts(chunk), ids, self.see(chunk)
+        prompts = self.prompts([query for query, _ in new])
+        ids = [self.encoder.answer(answer, eos=False) for _, answer in new]
+
+        def ask(rows: list[int]) -> list[Forced]:
+            texts, visual = (
+                ([t[i] for i in rows] for t in (prompts, ids)),
+                self.see([new[i][0] for i in rows]),
             )
-            self._forced.update(zip(new[part], found, strict=True))
+            return teacher_force(self.model.language_model, self.encoder, *texts, visual)
+
+        found = by_length(prompts, ask, batch_size or self.batch_size)
+        self._forced.update(zip(new, found, strict=True))
         return [self._forced[p] for p in pairs]
