@@ -40,7 +40,8 @@ class Spec:
 
     ``encoder``: one of the track's CLIPs ("" for the track's own), ``MiniLM`` (text alone, as SERAC), or
     ``MiniLM+<clip>``: its text beside the CLIP's image. ``supervision``: a key of :data:`SUPERVISION`.
-    ``subset``: (name, records) to train on instead of the train split.
+    ``subset``: (name, records) to train on instead of the train split. ``passes`` over the records, where they
+    are not those of :func:`recipe`.
     """
 
     fusion: str = "dot"
@@ -49,19 +50,22 @@ class Spec:
     supervision: str = "fine-grained"
     subset: tuple[str, tuple[EditRecord, ...]] | None = None
     seed: int = 0
+    passes: int = 0
 
     def folder(self, track: Track) -> Path:
         """Where it is trained."""
         sees = ("mscke", self.fusion, self.similarity, self.encoder or track.clip)
         told = () if self.supervision == "fine-grained" else (self.supervision,)
         kind = ("serac", self.supervision) if self.encoder == SENTENCES else (*sees, *told)
-        parts = (*kind, *(self.subset or ())[:1], self.seed)
+        passed = (f"{self.passes}-passes",) if self.passes else ()
+        parts = (*kind, *(self.subset or ())[:1], *passed, self.seed)
         return track.outputs / "trained" / "-".join(map(str, parts))
 
 
-def recipe(track: Track, fusion: str) -> dict:
-    """How the track trains a classifier of this fusion: arguments of :func:`train_classifier`."""
-    return {"epochs": track.classifier_epochs} | track.recipe("classifier", fusion)
+def recipe(track: Track, spec: Spec) -> dict:
+    """How the track trains this classifier: arguments of :func:`train_classifier`."""
+    found = {"epochs": track.classifier_epochs} | track.recipe("classifier", spec.fusion)
+    return found | ({"epochs": spec.passes} if spec.passes else {})
 
 
 def load_clip(track: Track, clip: str, cache: Path | None = None) -> ClipEncoder:
@@ -130,7 +134,7 @@ class Shared:
             told = told | {"others": 0.0}
         curve = train_classifier(
             classifier, records, self.bench.validation, spec.folder(self.track),
-            seed=spec.seed, **told, **recipe(self.track, spec.fusion),
+            seed=spec.seed, **told, **recipe(self.track, spec),
         )  # fmt: skip
         return classifier.eval(), curve
 
@@ -158,4 +162,4 @@ def _train(track: Track, spec: Spec) -> None:
 
 def _finished(spec: Spec, track: Track) -> bool:
     curve = spec.folder(track) / "curve.csv"
-    return curve.exists() and len(pd.read_csv(curve)) == recipe(track, spec.fusion)["epochs"]
+    return curve.exists() and len(pd.read_csv(curve)) == recipe(track, spec)["epochs"]

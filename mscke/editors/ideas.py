@@ -75,7 +75,7 @@ def try_idea(track_name: str, name: str, seed: int = 0) -> pd.DataFrame:
     shared = Shared.of(track)
     folder = track.outputs / "trained" / f"idea-{name.replace(' ', '-')}-{seed}"
     classifier = shared.fresh(spec, IDEAS[name])
-    told = recipe(track, spec.fusion)
+    told = recipe(track, spec)
     return train_classifier(
         classifier, shared.bench.train, shared.bench.validation, folder, seed=seed, **told
     )
