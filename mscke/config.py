@@ -122,8 +122,8 @@ _MINI = {
     },
     "clip": "mini-L",
 }
-# Passes after which validation no longer improves, each edit alone: three for most classifiers, five for those that learn
-# to point or to read. Among many edits five are a little better for all (07 compares at equal passes).
+# Three passes are enough for most classifiers, each edit alone (validation); those that learn to point or to read take
+# five. MiniLM's text beside CLIP's pointing would gain from five too, and so would all among many edits: 07 compares there.
 _LONGER = {f"classifier {fusion}": {"epochs": 5} for fusion in ("cross", "grounded")}
 
 # The paper's models, images and training (§5 and the authors' release), and where ours differ:
