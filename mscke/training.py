@@ -132,21 +132,22 @@ def train_counterfactual(
     lr: float = 1.5e-3,
     batch_size: int = 64,
     seed: int = 0,
+    roles: Sequence[str] = ROLES[:3],
     **options,
 ) -> pd.DataFrame:
-    """Train f_cfr on the edit prompt and the in-scope question of each record; the rephrasing is left to be inferred.
+    """Train f_cfr on the questions of each record in these ``roles``: edit prompt, rephrasing, in-scope question.
 
     Returns the curve, resumes as :func:`mscke.fit.fit` says; ``options`` are its.
     """
-    trained, asked = ("reliability", "in_scope"), ROLES[:3]
+    asked = ROLES[:3]
 
-    def examples(records: Sequence[EditRecord], roles: Sequence[str]):
-        rows = [(r.queries[role], r.edit, r.answers[role]) for r in records for role in roles]
+    def examples(records: Sequence[EditRecord], some: Sequence[str]):
+        rows = [(r.queries[role], r.edit, r.answers[role]) for r in records for role in some]
         return map(list, zip(*rows, strict=True))
 
     def share(records: Sequence[EditRecord], part: slice) -> Tensor:  # the loss is a mean over tokens
-        of_part = tokens(model.base, records[part], trained) / tokens(model.base, records, trained)
-        return model.loss(*examples(records[part], trained)) * of_part
+        of_part = tokens(model.base, records[part], roles) / tokens(model.base, records, roles)
+        return model.loss(*examples(records[part], roles)) * of_part
 
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
@@ -155,7 +156,7 @@ def train_counterfactual(
         right = torch.tensor([a == normalise_answer(b) for a, b in pairs]).float().view(-1, len(asked))
         return {f"right_{r}": float(v) for r, v in zip(asked, right.mean(0), strict=True)}
 
-    made_of = {"records": digest(train), "frozen": model.base.eyes(), "asked": list(trained)}
+    made_of = {"records": digest(train), "frozen": model.base.eyes(), "asked": list(roles)}
     run = (len(train), folder, epochs, lr, batch_size, seed, made_of)
     held = functools.partial(held_loss, share, validation, batch_size)
     return fit(model, of_rows(share, train), evaluate, *run, held, **options)
