@@ -110,7 +110,8 @@ class DeltaModel:
         run = len(among) // max(
             1, len(among.unique())
         )  # queries of an edit: a batch ends with an edit's last
-        for part in in_batches(len(queries), max(run, self.batch_size // run * run)):
+        size = self.batch_size // max(1, run) * run or self.batch_size  # or within it, if they are too many
+        for part in in_batches(len(queries), size):
             edits, rows = among[part].unique(return_inverse=True)
             deltas, found = self.deltas(edits), {}
             for some in apart(queries[part]):
