@@ -29,11 +29,24 @@ def read(folder: Path, made_of: dict) -> dict:
     path = folder / "checkpoint.pt"
     if not path.exists():
         return {}
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = torch.load(
+        path, map_location="cpu", weights_only=True, mmap=True
+    )  # of a run that is over, little is read
     keys = made_of.keys() | saved["made_of"].keys()
     if other := sorted(k for k in keys if saved["made_of"].get(k) != made_of.get(k)):
         raise ValueError(f"{folder} holds a run with other {', '.join(other)}: delete it to train anew")
     return saved
+
+
+def save(folder: Path, state: dict) -> None:
+    """Replace the checkpoint in ``folder``."""
+    write_whole(folder / "checkpoint.pt", lambda p: torch.save(state, p))
+
+
+def published(folder: Path) -> int:
+    """How many epochs what others read is of."""
+    curve = folder / "curve.csv"  # written last
+    return len(pd.read_csv(curve)) if curve.exists() and (folder / "model.safetensors").exists() else 0
 
 
 def publish(folder: Path, weights: dict[str, Tensor], rows: list[dict]) -> None:

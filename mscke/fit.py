@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from mscke.checkpoint import gpus, publish, random_state, read, set_random_state, stop_asked, write_whole
+from mscke.checkpoint import gpus, publish, published, random_state, read, save, set_random_state, stop_asked
 from mscke.workers import accelerated
 
 USUAL = {"precision": "no", "patience": 0, "clip": 1.0}  # named in a checkpoint only where they differ
@@ -179,13 +179,14 @@ class _Run:
 
     def _resume(self) -> None:
         saved = read(self.folder, self.made_of)
-        for name in ("model", "optimiser", "schedule") if saved else ():
-            getattr(self, name).load_state_dict(saved[name])
         self.rows, self.best = saved.get("rows", []), saved.get("best", {})
+        for name in ("model", *(() if self.over() else ("optimiser", "schedule"))) if saved else ():
+            getattr(self, name).load_state_dict(saved[name])
         within, rank = saved.get("within", {}), self.accelerator.process_index
         self.done, self.random = within.get("done", 0), within.get("random", [])[rank : rank + 1]
         self.total = within.get("total", 0.0) if rank == 0 else 0.0
-        if self.rows and not within and self.accelerator.is_main_process:
+        behind = not within and published(self.folder) < len(self.rows)  # it was stopped between the two
+        if behind and self.accelerator.is_main_process:
             publish(self.folder, self.best or self.model.state_dict(), self.rows)
 
     def _save(self, within: dict) -> None:
@@ -193,7 +194,7 @@ class _Run:
         state = {name: getattr(self, name).state_dict() for name in ("model", "optimiser", "schedule")}
         state |= {"made_of": self.made_of, "rows": self.rows, "best": self.best, "within": within}
         if self.accelerator.is_main_process:
-            write_whole(self.folder / "checkpoint.pt", lambda p: torch.save(state, p))
+            save(self.folder, state)
             if not within:
                 publish(self.folder, self.best or state["model"], self.rows)
         self.accelerator.wait_for_everyone()

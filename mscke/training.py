@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -180,8 +181,13 @@ def held_loss(share: Share, records: Sequence[EditRecord], batch_size: int) -> f
 
 def digest(records: Sequence[EditRecord]) -> str:
     """Sixteen hex digits that name the records' texts and images, wherever these lie."""
+    return _digest(tuple(records))
+
+
+@functools.lru_cache(maxsize=16)  # many runs are made of the same records
+def _digest(records: tuple[EditRecord, ...]) -> str:
     texts = [
-        (Path(r.edit.image).name, r.edit.answer, [q.question for q in r.queries.values()], r.answers)
+        (os.path.basename(r.edit.image), r.edit.answer, [q.question for q in r.queries.values()], r.answers)
         for r in records
     ]
     return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]

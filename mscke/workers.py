@@ -1,13 +1,15 @@
 """Work in several processes: our own on a plain CPU, or those that ``accelerate launch`` started.
 
 Our own have one thread each: two small models train faster beside each other than one after the other on
-two threads, and give the same bytes however many there are.
+two threads, and give the same bytes however many there are. On Linux they are forks of this process and begin
+with all that it has loaded.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import timedelta
@@ -64,6 +66,18 @@ def accelerated(accumulate: int, precision: str | None, cpu: bool) -> Accelerato
     return found
 
 
+def _context(fresh: bool) -> multiprocessing.context.BaseContext:
+    """How processes start: as forks where, as in torch's DataLoader, a fork with one thread can compute.
+
+    That is on Linux where no GPU is; else, and if they must be ``fresh``, as new interpreters.
+    """
+    import torch
+
+    fork = sys.platform == "linux" and not torch.cuda.is_available() and not fresh
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers has threads, and warns of forks
+    return multiprocessing.get_context("fork" if fork else "spawn")
+
+
 def in_processes(
     function: Callable, items: Iterable[tuple], workers: int = 2, desc: str = "", fresh: bool = False
 ) -> list[Any]:
@@ -78,9 +92,8 @@ def in_processes(
     items = list(items)
     if processes().num_processes > 1:
         return [function(*item) for item in items]
-    context = multiprocessing.get_context("spawn")
     workers, tasks = min(workers, os.cpu_count() or 1), 1 if fresh else None
-    with ProcessPoolExecutor(workers, context, one_thread, max_tasks_per_child=tasks) as pool:
+    with ProcessPoolExecutor(workers, _context(fresh), one_thread, max_tasks_per_child=tasks) as pool:
         futures = [pool.submit(function, *item) for item in items]
         try:
             for future in tqdm(as_completed(futures), total=len(items), desc=desc, mininterval=2):

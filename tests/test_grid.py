@@ -1,16 +1,18 @@
 """Many classifiers: the same bytes whatever the number of processes, each trained once, each as specified."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
 
-from mscke import checkpoint, fit, training
+from mscke import checkpoint, training
+from mscke.benchmark import load_benchmark
 from mscke.classifier import ScopeClassifier
 from mscke.config import get_track
 from mscke.editors import grid
 from mscke.editors.grid import SUPERVISION, Shared, Spec, train_grid
-from mscke.workers import one_thread
+from mscke.workers import in_processes, one_thread
 
 pytest_plugins = ["tiny"]
 
@@ -86,8 +88,7 @@ def test_an_unfinished_run_goes_on(copy, trained, monkeypatch, here):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        for module in (checkpoint, fit):
-            m.setattr(module, "write_whole", interrupted)
+        m.setattr(checkpoint, "write_whole", interrupted)
         train_grid(copy, [spec])
     assert set(written) == {"checkpoint.pt", "model.safetensors", "curve.csv"}  # of the first epoch of two
     assert train_grid(copy, [spec])[spec].fingerprint() == trained[spec].fingerprint()
@@ -127,3 +128,13 @@ def test_a_mixed_encoder_reads_one_text_and_sees_the_others_image(track, trained
     assert torch.equal(mixed.text, text.text) and mixed.text.shape[1] == 384
     for name in ("image", "pooled", "tokens", "cosine"):
         assert torch.equal(getattr(mixed, name), getattr(clip, name))
+
+
+def _loaded(track_name):
+    return id(load_benchmark(get_track(track_name)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forks on Linux only")
+def test_a_worker_begins_with_what_is_loaded():
+    here = load_benchmark(get_track("smoke"))
+    assert in_processes(_loaded, [("smoke",)] * 3) == [id(here)] * 3
