@@ -122,9 +122,6 @@ _MINI = {
     },
     "clip": "mini-L",
 }
-# Three passes are enough for most classifiers, each edit alone (validation); those that learn to point or to read take
-# five. MiniLM's text beside CLIP's pointing would gain from five too, and so would all among many edits: 07 compares there.
-_LONGER = {f"classifier {fusion}": {"epochs": 5} for fusion in ("cross", "grounded")}
 # The counterfactual model infers the rephrasing from these two: as right on validation as taught all three.
 _TAUGHT = {"counterfactual": {"roles": ("reliability", "in_scope")}}
 
@@ -162,8 +159,8 @@ _RECIPES = {
 
 TRACKS = {
     "mini": Track(
-        "mini", 8334, 2778, **_MINI, classifier_epochs=3, counterfactual_epochs=2, mend_epochs=1,
-        recipes=_LONGER | _TAUGHT,
+        "mini", 8334, 2778, **_MINI, classifier_epochs=5, counterfactual_epochs=2, mend_epochs=1,
+        recipes=_TAUGHT,
     ),
     "smoke": Track(
         "smoke", 96, 32, **_MINI, classifier_epochs=2, counterfactual_epochs=1, mend_epochs=1, patience=0.5,

@@ -66,16 +66,14 @@ def accelerated(accumulate: int, precision: str | None, cpu: bool) -> Accelerato
     return found
 
 
-def _context(fresh: bool) -> multiprocessing.context.BaseContext:
-    """How processes start: as forks where, as in torch's DataLoader, a fork with one thread can compute.
+def forks() -> bool:
+    """Whether our processes are forks of this one: on Linux, where no GPU is in use.
 
-    That is on Linux where no GPU is; else, and if they must be ``fresh``, as new interpreters.
+    A fork with one thread can compute, as in torch's DataLoader; elsewhere they are new interpreters.
     """
     import torch
 
-    fork = sys.platform == "linux" and not torch.cuda.is_available() and not fresh
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers has threads, and warns of forks
-    return multiprocessing.get_context("fork" if fork else "spawn")
+    return sys.platform == "linux" and not torch.cuda.is_available()
 
 
 def in_processes(
@@ -92,8 +90,10 @@ def in_processes(
     items = list(items)
     if processes().num_processes > 1:
         return [function(*item) for item in items]
+    context = multiprocessing.get_context("fork" if forks() and not fresh else "spawn")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers has threads, and warns of forks
     workers, tasks = min(workers, os.cpu_count() or 1), 1 if fresh else None
-    with ProcessPoolExecutor(workers, _context(fresh), one_thread, max_tasks_per_child=tasks) as pool:
+    with ProcessPoolExecutor(workers, context, one_thread, max_tasks_per_child=tasks) as pool:
         futures = [pool.submit(function, *item) for item in items]
         try:
             for future in tqdm(as_completed(futures), total=len(items), desc=desc, mininterval=2):

@@ -14,6 +14,8 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +36,10 @@ from mscke.benchmark.scenes import (
     render,
     sample_scene_of,
 )  # fmt: skip
+from mscke.workers import forks, in_processes
 
 SIZES = {"train": 8334, "test": 2778}
+AT_ONCE = 250  # records that a process makes before it takes the next ones
 CORRECTIONS = 0.25  # share of edits that name a held-out kind rightly
 SAME_CATEGORY = 0.4  # share of counterfactual edits that stay within the category
 EDIT_REFERENCES = {"colour": 0.4, "place": 0.3, "relation": 0.3}
@@ -213,27 +217,39 @@ def generate(root: Path, split: str, size: int, seed: int = 0) -> Path:
     written last, so its presence means that every image is there; what is there already is kept
     when its length and last record are those of ``size`` and ``seed``.
     """
-    return write_records(root / f"{split}_data.json", size, lambda number: record(split, number, seed))
+    return write_records(root / f"{split}_data.json", size, partial(record, split, seed=seed))
 
 
 def write_records(path: Path, size: int, make: Callable[[int], tuple[Scene, dict]]) -> Path:
-    """Write records 0 … ``size`` − 1 of ``make`` to ``path`` and their images beside it, as :func:`generate` does."""
-    root = path.parent
+    """Write records 0 … ``size`` − 1 of ``make`` to ``path`` and their images beside it, as :func:`generate` does.
+
+    Processes share the work where they are forks: ``make`` must then be importable by name.
+    """
     if path.exists():
         there, last = json.loads(path.read_text()), json.dumps(make(size - 1)[1])
         if len(there) == size and there[-1] == json.loads(last):
             return path
         path.unlink()  # its images are about to be replaced
+    parts = [(path.parent, make, range(i, min(i + AT_ONCE, size))) for i in range(0, size, AT_ONCE)]
+    desc = f"{path.stem.removesuffix('_data')} scenes"
+    if len(parts) > 1 and forks():
+        rows = in_processes(_paint, parts, desc=desc)
+    else:
+        rows = [_paint(*part) for part in tqdm(parts, desc=desc, mininterval=2)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(list(chain.from_iterable(rows)), indent=1))
+    os.replace(temporary, path)
+    return path
+
+
+def _paint(root: Path, make: Callable[[int], tuple[Scene, dict]], numbers: range) -> list[dict]:
+    """Make these records, and write their images."""
     rows = []
-    for number in tqdm(range(size), desc=f"{path.stem.removesuffix('_data')} scenes", mininterval=2):
-        scene, row = make(number)
+    for scene, row in map(make, numbers):
         (root / row["image"]).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(render(scene)).save(root / row["image"], compress_level=1)
         rows.append(row)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rows, indent=1))
-    os.replace(temporary, path)
-    return path
+    return rows
 
 
 def side(scene: Scene) -> str:

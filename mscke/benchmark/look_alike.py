@@ -90,5 +90,9 @@ def load_look_alikes(track: Track) -> list[EditRecord]:
     """The track's look-alikes, generated beside its records unless they are there; pairs stand together."""
     size = 2 * (track.n_test // (2 * SHARE))
     path: Path = track.data / "look_alike_data.json"
-    write_records(path, size, lambda number: pair(number // 2, track.seed)[number % 2])
+    write_records(path, size, functools.partial(_of_a_pair, seed=track.seed))
     return load_records(path, track.data).records
+
+
+def _of_a_pair(number: int, seed: int) -> tuple[Scene, dict]:
+    return pair(number // 2, seed)[number % 2]

@@ -40,8 +40,7 @@ class Spec:
 
     ``encoder``: one of the track's CLIPs ("" for the track's own), ``MiniLM`` (text alone, as SERAC), or
     ``MiniLM+<clip>``: its text beside the CLIP's image. ``supervision``: a key of :data:`SUPERVISION`.
-    ``subset``: (name, records) to train on instead of the train split. ``passes`` over the records, where they
-    are not those of :func:`recipe`.
+    ``subset``: (name, records) to train on instead of the train split.
     """
 
     fusion: str = "dot"
@@ -50,22 +49,19 @@ class Spec:
     supervision: str = "fine-grained"
     subset: tuple[str, tuple[EditRecord, ...]] | None = None
     seed: int = 0
-    passes: int = 0
 
     def folder(self, track: Track) -> Path:
         """Where it is trained."""
         sees = ("mscke", self.fusion, self.similarity, self.encoder or track.clip)
         told = () if self.supervision == "fine-grained" else (self.supervision,)
         kind = ("serac", self.supervision) if self.encoder == SENTENCES else (*sees, *told)
-        passed = (f"{self.passes}-passes",) if self.passes else ()
-        parts = (*kind, *(self.subset or ())[:1], *passed, self.seed)
+        parts = (*kind, *(self.subset or ())[:1], self.seed)
         return track.outputs / "trained" / "-".join(map(str, parts))
 
 
 def recipe(track: Track, spec: Spec) -> dict:
     """How the track trains this classifier: arguments of :func:`train_classifier`."""
-    found = {"epochs": track.classifier_epochs} | track.recipe("classifier", spec.fusion)
-    return found | ({"epochs": spec.passes} if spec.passes else {})
+    return {"epochs": track.classifier_epochs} | track.recipe("classifier", spec.fusion)
 
 
 def load_clip(track: Track, clip: str, cache: Path | None = None) -> ClipEncoder:
