@@ -24,7 +24,9 @@ from mscke.config import get_track
 from mscke.editors import build
 from mscke.editors.mscke import MSCKE, own_edits
 from mscke.evaluation.metrics import CHANGES, METRICS, ROLES, exact_match
+from mscke.evaluation.outcomes import outcomes
 from mscke.evaluation.protocol import generated, save_rows
+from mscke.evaluation.run import both_ways
 from mscke.memory import EditMemory
 from mscke.models.mllm import MLLM
 
@@ -43,27 +45,42 @@ def groups(n_records: int, n_edits: int, seed: int = 0) -> list[tuple[np.ndarray
 
 
 def ask_among(
-    editor: MSCKE, base: MLLM, records: Sequence[EditRecord], sizes: Iterable[int], seed: int = 0
+    editor: MSCKE,
+    base: MLLM,
+    records: Sequence[EditRecord],
+    sizes: Iterable[int],
+    seed: int = 0,
+    alone: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Every query of every record asked of memories of each size: one row a size, record and role.
+
+    ``alone`` (R, 5, 2): how right each query is, left to the base model and taken by its own edit, as
+    :meth:`mscke.evaluation.outcomes.Outcomes.values` gives them; asked for unless given.
 
     Columns: n_edits, record and winner (places: the record asked, and the one whose edit scores
     highest), role, rho in (0, 1) (the winner's score), own (its own edit's), rival (the best of the
     others; NaN for a memory of one), left and taken (value in {0, 1} if the base model answers, and if
     the winner's edit does; ``taken`` is NaN below the editor's threshold, where nobody need ask).
     """
+    alone = outcomes(base, editor.in_scope, records).values() if alone is None else alone
     table = _route(editor, records, sizes, seed)
-    changes = table["role"].isin(CHANGES)
-    queries = [records[i].queries[role] for i, role in zip(table["record"], table["role"], strict=True)]
-    gold = [records[i].answers[role] for i, role in zip(table["record"], table["role"], strict=True)]
-    before = base.answer(queries)
-    expected = np.where(changes, gold, before)
-    table["left"] = exact_match(before, expected)
-    pairs = table[table["rho"] >= editor.threshold].drop_duplicates(["record", "role", "winner"])
-    edits = [records[i].edit for i in pairs["winner"]]
-    answers = editor.in_scope.answer([queries[i] for i in pairs.index], edits) if len(pairs) else []
-    pairs = pairs[["record", "role", "winner"]].assign(taken=exact_match(answers, expected[pairs.index]))
-    return table.merge(pairs, how="left", on=["record", "role", "winner"])
+    table["left"], own = alone[table["record"], table["role"].map(ROLES.index)].T
+    taken, captured = table["rho"] >= editor.threshold, table["winner"] != table["record"]
+    pairs = table.loc[taken & captured, ["record", "role", "winner"]].drop_duplicates()
+    pairs["taken"] = _captured(editor, base, records, pairs)
+    table = table.merge(pairs, how="left", on=["record", "role", "winner"])
+    return table.assign(taken=table["taken"].where(captured, own).where(taken))
+
+
+def _captured(editor: MSCKE, base: MLLM, records: Sequence[EditRecord], pairs: pd.DataFrame) -> np.ndarray:
+    """How right the records' queries in these roles are under the winners' edits, which are others'."""
+    if pairs.empty:
+        return np.empty(0)
+    asked = [(records[i], role) for i, role in zip(pairs["record"], pairs["role"], strict=True)]
+    queries = [r.queries[role] for r, role in asked]
+    gold, before = [r.answers[role] for r, role in asked], base.answer(queries)
+    answers = editor.in_scope.answer(queries, [records[i].edit for i in pairs["winner"]])
+    return exact_match(answers, np.where(pairs["role"].isin(CHANGES), gold, before))
 
 
 def _route(editor: MSCKE, records: Sequence[EditRecord], sizes: Iterable[int], seed: int) -> pd.DataFrame:
@@ -148,8 +165,12 @@ def run_sizes(track_name: str, backbone: str, method: str, sizes: Sequence[int],
     if not path.exists():
         bench, base = load_benchmark(track), build.load_base(track, backbone)
         editor = build.editor(track, bench, base, method)
-        ask = ask_among if isinstance(editor, MSCKE) else ask_sequences
-        save_rows(ask(editor, base, bench.test, sizes), path)
+        if isinstance(editor, MSCKE):
+            alone = both_ways(track, bench, base, build.IN_SCOPE[method], key).values()
+            rows = ask_among(editor, base, bench.test, sizes, alone=alone)
+        else:
+            rows = ask_sequences(editor, base, bench.test, sizes)
+        save_rows(rows, path)
     return path
 
 
