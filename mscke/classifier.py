@@ -87,7 +87,10 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, f: Features) -> Tensor:
         """Embeddings z (B, width) of encoded pairs; unit vectors under ``logistic``."""
-        f = f.to(self.scale.device)
+        f, place = f.distinct(seen=self.fusion != "text")
+        return self._fuse(f.to(self.scale.device)).index_select(0, place.to(self.scale.device))
+
+    def _fuse(self, f: Features) -> Tensor:
         if self.fusion == "text":
             return self._unit(self.head(f.text))
         blank = self.no_image @ self.encoder.model.visual.proj

@@ -49,6 +49,18 @@ def test_embeddings_do_not_depend_on_the_batch(make, queries, fusion):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("fusion", FUSIONS + OURS)
+def test_repeated_pairs_are_embedded_once(make, encoder, queries, fusion, monkeypatch):
+    classifier = make(fusion)
+    pairs = [*queries, Query(queries[0].question, None), Query(queries[0].question, queries[-2].image)]
+    order = torch.randperm(3 * len(pairs), generator=torch.Generator().manual_seed(0)) % len(pairs)
+    seen, fuse = [], classifier._fuse
+    monkeypatch.setattr(classifier, "_fuse", lambda f: seen.append(len(f.text)) or fuse(f))
+    repeated = classifier.embed([pairs[i] for i in order])
+    assert seen == [len({q.question if fusion == "text" else q for q in pairs})]
+    torch.testing.assert_close(repeated, classifier.embed(pairs)[order], atol=1e-6, rtol=0)
+
+
 def test_the_answer_belongs_to_the_edit_side(make, records):
     classifier = make()
     prompts, answers = edits_of(records)

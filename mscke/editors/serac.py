@@ -45,7 +45,6 @@ class MiniLMEncoder:
 
     def __call__(self, queries: Sequence[Query], answers: Sequence[str] | None = None) -> Features:
         rows = self.texts(side_texts(queries, answers))
-        nothing = torch.zeros(len(rows), 1)
-        image = torch.full((len(rows),), -1)
-        text = self.texts.columns[0][rows]
-        return Features(text, image, nothing[:1], nothing[:1, None], nothing, nothing[:1, None], 0 * rows)
+        nothing, known = torch.zeros(len(rows), 1), self.texts.columns[0]
+        image, words = torch.full((len(rows),), -1), torch.zeros(len(known), 1, 1)
+        return Features(known[rows], image, nothing[:1], nothing[:1, None], nothing, words, rows)

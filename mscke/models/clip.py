@@ -46,6 +46,16 @@ class Features:
         per_pair = ("text", "image", "cosine", "said")
         return replace(self, **{name: getattr(self, name)[rows] for name in per_pair})
 
+    def distinct(self, seen: bool = True) -> tuple[Features, Tensor]:
+        """The pairs without their repetitions, in text alone unless the image is ``seen``; each one's place (B,) long.
+
+        There are many: every record asks one of a few text-only questions.
+        """
+        key = self.said + len(self.words) * (self.image + 1) if seen else self.said
+        found, place = key.unique(return_inverse=True)
+        rows = torch.empty_like(found).scatter_(0, place, torch.arange(len(key)))
+        return self.select(rows), place
+
     def parts(self) -> list[Features]:
         """To be computed one after the other: all pairs, or 1,024 at a time of those in half precision."""
         rows = torch.arange(len(self.text)).split(1024)
