@@ -109,7 +109,7 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
         """What the text attends to: (attended patch tokens (B, d_v), weights (B, P))."""
         f = f.to(self.scale.device)
         if self.fusion == "cross":
-            return attend_folded(self.attention, self.query(f.text), f.tokens[f.image])
+            return attend_folded(self.attention, self.query(f.text), f.tokens, f.image)
         weights = (self.temperature.exp() * f.cosine).softmax(-1)
         return sum_patches(weights, f.tokens, f.image), weights
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from mscke.benchmark.sample import Query
 from mscke.classifier import FUSIONS, OURS, SIMILARITIES, ScopeClassifier
+from mscke.models.attention import attend_folded
 from mscke.models.clip import ClipEncoder
 
 pytest_plugins = ["tiny"]
@@ -302,3 +303,21 @@ def test_clip_is_neither_trained_nor_counted(make, encoder, queries):
 def test_unknown_forms_are_refused(clip_name, encoder, wrong):
     with pytest.raises(ValueError, match="must be one of"):
         ScopeClassifier(clip_name, encoder=encoder, **wrong)
+
+
+def test_folded_attention_is_attention_over_each_rows_own_image():
+    torch.manual_seed(0)
+    attention, tokens, query = (
+        torch.nn.MultiheadAttention(8, 2, batch_first=True),
+        torch.randn(5, 3, 8),
+        torch.randn(7, 8),
+    )
+    image = torch.tensor([3, -1, 0, 3, 4, -1, 3])
+    found, weights = attend_folded(attention, query, tokens, image)
+    some = image >= 0
+    seen = tokens[image[some]]
+    expected = attention(query[some].unsqueeze(1), seen, seen)
+    torch.testing.assert_close(found[some], expected[0].squeeze(1))
+    torch.testing.assert_close(weights[some], expected[1].squeeze(1))
+    assert not weights[~some].any()
+    assert not attend_folded(attention, query, tokens, torch.full((7,), -1))[1].any()

@@ -26,16 +26,38 @@ def sum_patches(weights: Tensor, tokens: Tensor, image: Tensor) -> Tensor:
     return F.embedding_bag(patches, tokens.flatten(0, 1), per_sample_weights=weights, mode="sum")
 
 
-def attend_folded(attention: nn.MultiheadAttention, query: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """``attention(query, tokens, tokens)`` of queries (B, d) over tokens (B, P, d), with one query a row.
+def attend_folded(
+    attention: nn.MultiheadAttention, query: Tensor, tokens: Tensor, image: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``attention`` of each query (B, d) over the tokens (I, P, d) of its ``image`` (B,) long.
 
-    Returns (attended (B, d), weights (B, P), the mean over heads). Keys and values are not formed:
+    Returns (attended (B, d), weights (B, P), the mean over heads); where there is no image (−1) the weights
+    are 0, and what is attended is to be masked by the caller. Keys and values are not formed:
     q·(W_k x) = (W_kᵀ q)·x, the key's bias cancels in the softmax, and Σ w (W_v x) = W_v (Σ w x).
     """
     heads = (attention.num_heads, -1)
     (w_q, w_k, w_v), (b_q, _, b_v) = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     query = F.linear(query, w_q, b_q).unflatten(-1, heads) * attention.head_dim**-0.5
     folded = torch.einsum("bhe,hed->bhd", query, w_k.unflatten(0, heads))
-    weights = (folded @ tokens.mT).softmax(-1)  # (B, heads, P)
-    values = torch.einsum("bhd,hed->bhe", weights @ tokens, w_v.unflatten(0, heads))
+    images, row, place, most = _by_image(image)
+    seen, (n, dim) = tokens[images], folded.shape[1:]
+    asked = folded.new_zeros(len(images) * most, n, dim).index_copy(0, place, folded[row])
+    weights = (asked.view(len(images), most * n, dim) @ seen.mT).softmax(-1)  # (J, most · heads, P)
+    spread = lambda x: x.new_zeros(len(query), n, x.shape[-1]).index_copy(
+        0, row, x.view(-1, n, x.shape[-1])[place]
+    )  # noqa: E731
+    found, weights = spread(weights @ seen), spread(weights)
+    values = torch.einsum("bhd,hed->bhe", found, w_v.unflatten(0, heads))
     return attention.out_proj(values.flatten(1) + b_v), weights.mean(1)
+
+
+def _by_image(image: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The images (J,) that occur in ``image`` (B,); the rows (R,) that have one; each one's place when every image
+    has room for as many rows as the one that has ``most``; and that number."""
+    row = (image >= 0).nonzero().flatten()
+    images, whose, count = image[row].unique(return_inverse=True, return_counts=True)
+    order = whose.argsort(stable=True)
+    nth = torch.empty_like(whose)
+    nth[order] = torch.arange(len(row), device=image.device) - (count.cumsum(0) - count)[whose[order]]
+    most = int(count.max()) if len(row) else 0
+    return images, row, whose * most + nth, most
