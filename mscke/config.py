@@ -159,7 +159,7 @@ _RECIPES = {
 
 TRACKS = {
     "mini": Track(
-        "mini", 8334, 2778, **_MINI, classifier_epochs=5, counterfactual_epochs=2, mend_epochs=1,
+        "mini", 8334, 2778, **_MINI, classifier_epochs=4, counterfactual_epochs=2, mend_epochs=1,
         recipes=_TAUGHT,
     ),
     "smoke": Track(

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mscke.benchmark.sample import Edit, Query
-from mscke.search import Codes, products
+from mscke.search import Codes, nearest
 from mscke.store import Change, EditStore
 
 EXACT = 100_000  # edits that every search reads in full precision; among more it looks at codes first
@@ -89,8 +89,7 @@ class EditMemory:
                 f"{len(edits)} edits need embeddings of shape ({len(edits)}, {self.dim}), "
                 f"got {tuple(embeddings.shape)}: embed them with the classifier of this memory"
             )
-        bad = (~embeddings.isfinite()).any(1).nonzero().flatten().tolist()
-        if bad:
+        if bad := (~embeddings.isfinite()).any(1).nonzero().flatten().tolist():
             raise ValueError(f"the embeddings of edits {bad[:5]} are not finite; nothing was stored")
         ids = range(len(self._edits), len(self._edits) + len(edits))
         self._commit("add", ids, edits, embeddings.detach().to("cpu", torch.float32))
@@ -132,10 +131,9 @@ class EditMemory:
         """
         k = min(k, len(self))
         if self._codes is None or exact:
-            squared = self._squares - 2 * products(embeddings, self._matrix)  # + ‖query‖², the same in a row
-            ids = squared.topk(k, largest=False)[1]
+            ids = nearest(embeddings, k, self._matrix, self._squares)
         else:
-            ids = torch.stack([self._codes.nearest(z, k, self._matrix, self._squares) for z in embeddings])
+            ids = torch.stack([self._codes.nearest(z, k, self._matrix) for z in embeddings])
         return (embeddings.unsqueeze(1) - self._matrix[ids]).square().sum(-1), ids
 
     def embed_again(self, classifier, path: str | Path) -> EditMemory:
@@ -197,3 +195,5 @@ class EditMemory:
         """Keep what a lookup needs: the ids in memory, and ‖z_e‖² of every place, infinite where none is."""
         self._ids = self._here.nonzero().flatten()
         self._squares = torch.where(self._here, self._norms, torch.inf)
+        if self._codes:
+            self._codes.look(self._squares)

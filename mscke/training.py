@@ -85,7 +85,7 @@ def train_classifier(
     train: Sequence[EditRecord],
     validation: Sequence[EditRecord],
     folder: Path,
-    epochs: int = 5,
+    epochs: int = 4,
     lr: float = 1e-3,
     batch_size: int = 128,
     seed: int = 0,

@@ -10,7 +10,6 @@ from mscke import memory as memories
 from mscke import search
 from mscke.benchmark.sample import Edit
 from mscke.memory import EditMemory
-from mscke.search import products
 
 DIM = 3
 VECTORS = st.lists(st.lists(st.integers(-20, 20), min_size=DIM, max_size=DIM), min_size=1, max_size=4)
@@ -199,10 +198,15 @@ def test_nothing_is_no_change():
 
 @pytest.mark.parametrize("n", [1, 7, 8, 100])
 def test_a_single_query_is_searched_as_many_are(n):
-    z, queries = torch.randn(n, DIM), torch.randn(5, DIM)
-    alone = torch.cat([products(q, z) for q in queries.split(1)])
-    torch.testing.assert_close(alone, products(queries, z))
-    torch.testing.assert_close(alone, queries @ z.T)
+    z, queries, k = torch.randn(n, DIM), torch.randn(2 * search.AT_ONCE + 5, DIM), min(3, n)
+    squares, gone = z.square().sum(1), n // 2 if n > 1 else n
+    squares[gone : gone + 1] = torch.inf
+    distance = torch.cdist(queries, z)
+    distance[:, gone : gone + 1] = torch.inf
+    expected = distance.sort(1).indices[:, :k]
+    assert torch.equal(search.nearest(queries, k, z, squares), expected)
+    alone = torch.cat([search.nearest(q, k, z, squares) for q in queries[:20].split(1)])
+    assert torch.equal(alone, expected[:20])
 
 
 def test_codes_find_what_exact_search_finds(monkeypatch):

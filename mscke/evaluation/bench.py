@@ -42,7 +42,7 @@ SIZES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 POOL = 64  # edits that stand for all when a memory is encoded again; also the batch that they go in
 N_RECORDS = 64  # that are evaluated and fine-tuned
 PATIENCE = 5.0  # seconds a query, after which the released way is not measured further
-BUDGET = 6  # times that for a comparison of records
+BUDGET = 4  # times that for a comparison of records
 
 
 def memory_of(classifier: ScopeClassifier, records: Sequence[EditRecord], n: int) -> EditMemory:

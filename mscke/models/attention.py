@@ -43,10 +43,12 @@ def attend_folded(
     seen, (n, dim) = tokens[images], folded.shape[1:]
     asked = folded.new_zeros(len(images) * most, n, dim).index_copy(0, place, folded[row])
     weights = (asked.view(len(images), most * n, dim) @ seen.mT).softmax(-1)  # (J, most · heads, P)
-    spread = lambda x: x.new_zeros(len(query), n, x.shape[-1]).index_copy(
-        0, row, x.view(-1, n, x.shape[-1])[place]
-    )  # noqa: E731
-    found, weights = spread(weights @ seen), spread(weights)
+
+    def of_rows(x: Tensor) -> Tensor:
+        x = x.view(-1, n, x.shape[-1])[place]
+        return x.new_zeros(len(query), *x.shape[1:]).index_copy(0, row, x)
+
+    found, weights = of_rows(weights @ seen), of_rows(weights)
     values = torch.einsum("bhd,hed->bhe", found, w_v.unflatten(0, heads))
     return attention.out_proj(values.flatten(1) + b_v), weights.mean(1)
 
