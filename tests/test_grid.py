@@ -10,7 +10,7 @@ from mscke import checkpoint, training
 from mscke.benchmark import load_benchmark
 from mscke.classifier import ScopeClassifier
 from mscke.config import get_track
-from mscke.editors import grid
+from mscke.editors import build, grid
 from mscke.editors.grid import SUPERVISION, Shared, Spec, train_grid
 from mscke.workers import in_processes, one_thread
 
@@ -138,3 +138,12 @@ def _loaded(track_name):
 def test_a_worker_begins_with_what_is_loaded():
     here = load_benchmark(get_track("smoke"))
     assert in_processes(_loaded, [("smoke",)] * 3) == [id(here)] * 3
+
+
+def test_images_that_were_encoded_ahead_are_not_encoded_again(copy, trained, monkeypatch):
+    records = load_benchmark(copy)
+    build.encode_images(copy, records, "tiny")
+    encoder = grid.load_clip(copy, "tiny", copy.features)
+    monkeypatch.setattr(encoder.images, "compute", lambda keys: pytest.fail(f"encoded again: {keys}"))
+    for part in (records.train, records.validation, records.test):
+        encoder.images([r.edit.image for r in part])
