@@ -19,8 +19,9 @@ from mscke.classifier import ScopeClassifier
 from mscke.fit import fit
 from mscke.models.clip import Features
 from mscke.models.counterfactual import CounterfactualModel
+from mscke.models.decoding import in_batches, normalise_answer
 from mscke.models.features import fingerprint
-from mscke.models.mllm import MLLM, in_batches, normalise_answer
+from mscke.models.mllm import MLLM
 
 ROLES = ("reliability", "generality", "in_scope", "out_of_scope", "locality")
 IN_ROLES = (True, True, True, False, False)

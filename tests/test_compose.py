@@ -18,7 +18,8 @@ from transformers import (
 
 from mscke.benchmark.sample import Query
 from mscke.models.compose import compose_minigpt4, memory_needed, open_weights, read_index, seeing_shards
-from mscke.models.mllm import IMAGE_TOKEN, MLLM, TEMPLATE, embed, load_pixels
+from mscke.models.mllm import MLLM, load_pixels
+from mscke.models.prompts import IMAGE_TOKEN, TEMPLATE, embed
 from mscke.models.tiny import write_blip2_opt, write_blip2_t5, write_minigpt4, write_vicuna
 
 pytest_plugins = ["tiny"]

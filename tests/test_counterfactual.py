@@ -5,8 +5,8 @@ import torch
 from safetensors import safe_open
 
 from mscke.models.counterfactual import CounterfactualModel
+from mscke.models.decoding import normalise_answer
 from mscke.models.features import fingerprint
-from mscke.models.mllm import normalise_answer
 
 pytest_plugins = ["tiny"]
 

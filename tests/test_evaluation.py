@@ -10,7 +10,8 @@ from mscke.editors.mscke import MSCKE
 from mscke.evaluation.metrics import METRICS, ROLES, exact_match, token_accuracy, unchanged_share
 from mscke.evaluation.protocol import evaluate
 from mscke.models.counterfactual import CounterfactualModel
-from mscke.models.mllm import MLLM, Forced
+from mscke.models.decoding import Forced
+from mscke.models.mllm import MLLM
 
 pytest_plugins = ["tiny"]
 

@@ -7,8 +7,9 @@ import torch
 
 from mscke.editors.deltas import DeltaModel, Dense, LowRank, applied, matrices
 from mscke.editors.finetune import FineTune
+from mscke.models.decoding import normalise_answer
 from mscke.models.features import fingerprint
-from mscke.models.mllm import MLLM, normalise_answer
+from mscke.models.mllm import MLLM
 
 pytest_plugins = ["tiny"]
 

@@ -7,7 +7,8 @@ from mscke.editors.ike import IKE, ROTATION, choose_k, demonstration, largest_k
 from mscke.editors.mscke import own_edits
 from mscke.editors.serac import MiniLMEncoder
 from mscke.models.features import fingerprint
-from mscke.models.mllm import IN_CONTEXT, MLLM, TEMPLATE
+from mscke.models.mllm import MLLM
+from mscke.models.prompts import IN_CONTEXT, TEMPLATE
 
 pytest_plugins = ["tiny"]
 

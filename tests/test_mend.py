@@ -11,8 +11,10 @@ from mscke.classifier import ScopeClassifier
 from mscke.editors.mend import MEND, MendNetworks
 from mscke.editors.mend_training import mend_loss, train_mend
 from mscke.editors.mscke import MSCKE
+from mscke.models.decoding import normalise_answer
 from mscke.models.features import fingerprint
-from mscke.models.mllm import MLLM, embed, normalise_answer
+from mscke.models.mllm import MLLM
+from mscke.models.prompts import embed
 
 pytest_plugins = ["tiny"]
 RATE = 0.5

@@ -8,7 +8,9 @@ from PIL import Image
 
 from mscke.benchmark.sample import Query
 from mscke.models import mllm as module
-from mscke.models.mllm import IN_CONTEXT, MLLM, embed, generate, load_pixels, normalise_answer, teacher_force
+from mscke.models.decoding import generate, normalise_answer, teacher_force
+from mscke.models.mllm import MLLM, load_pixels
+from mscke.models.prompts import IN_CONTEXT, embed
 
 pytest_plugins = ["tiny"]
 

@@ -20,7 +20,8 @@ from mscke.editors.mend import MEND, MendNetworks
 from mscke.evaluation.protocol import evaluate
 from mscke.models import sources, tiny
 from mscke.models.counterfactual import LastLayers
-from mscke.models.mllm import MLLM, teacher_force
+from mscke.models.decoding import teacher_force
+from mscke.models.mllm import MLLM
 from mscke.report.untold import MARK, where_told
 
 torch.set_num_threads(1)

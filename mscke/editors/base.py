@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mscke.benchmark.sample import EditRecord, Query
-from mscke.models.mllm import Forced
+from mscke.models.decoding import Forced
 
 
 class EditedModel(Protocol):

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mscke.benchmark.sample import Query
-from mscke.models.mllm import MLLM, Forced, embed, generate, in_batches, teacher_force
+from mscke.models.decoding import Forced, generate, in_batches, teacher_force
+from mscke.models.mllm import MLLM
+from mscke.models.prompts import embed
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from mscke.benchmark.sample import EditRecord
 from mscke.editors.deltas import DeltaModel, Deltas, Dense, Reading, Stages, applied, gradient, matrices, read
-from mscke.models.mllm import MLLM, in_batches
+from mscke.models.decoding import in_batches
+from mscke.models.mllm import MLLM
 from mscke.training import ROLES
 
 

@@ -21,16 +21,9 @@ from torch import Tensor
 
 from mscke.benchmark.sample import EditRecord, Query
 from mscke.editors.serac import MiniLMEncoder
-from mscke.models.mllm import (
-    IN_CONTEXT,
-    MLLM,
-    TEMPLATE,
-    Forced,
-    by_length,
-    generate,
-    normalise_answer,
-    teacher_force,
-)
+from mscke.models.decoding import Forced, by_length, generate, normalise_answer, teacher_force
+from mscke.models.mllm import MLLM
+from mscke.models.prompts import IN_CONTEXT, TEMPLATE
 from mscke.training import IN_ROLES, ROLES
 
 # What the nearest demonstration asks, the second nearest, …: IKE's 1 copy : 3 updates : 4 retained

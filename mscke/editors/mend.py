@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from mscke.benchmark.sample import Edit, EditRecord, Query
 from mscke.editors.deltas import DeltaModel, Deltas, Dense, LowRank, Stages, applied, gradient, matrices, read
-from mscke.models.mllm import MLLM, Forced
+from mscke.models.decoding import Forced
+from mscke.models.mllm import MLLM
 
 
 class EditorNetwork(nn.Module):

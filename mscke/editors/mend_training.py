@@ -15,8 +15,8 @@ from mscke.benchmark.sample import EditRecord
 from mscke.editors.deltas import Reading, applied, read
 from mscke.editors.mend import MEND
 from mscke.fit import fit
+from mscke.models.decoding import normalise_answer
 from mscke.models.features import fingerprint
-from mscke.models.mllm import normalise_answer
 from mscke.training import IN_ROLES, ROLES, digest, held_loss, of_rows, tokens
 
 VISUAL, TEXT = ("reliability", "in_scope", "out_of_scope"), ("locality",)  # a record's questions that train

@@ -10,7 +10,8 @@ from torch import Tensor
 from mscke.benchmark.sample import EditRecord, Query
 from mscke.memory import EditMemory
 from mscke.models.counterfactual import CounterfactualModel
-from mscke.models.mllm import MLLM, Forced
+from mscke.models.decoding import Forced
+from mscke.models.mllm import MLLM
 from mscke.router import Route, ScopeRouter
 
 

@@ -34,8 +34,9 @@ from mscke.evaluation.bench_timing import alike, compare, encoding
 from mscke.evaluation.protocol import evaluate
 from mscke.evaluation.run import made_of
 from mscke.memory import EditMemory
+from mscke.models.decoding import in_batches
 from mscke.models.features import FeatureTable, ImageTable
-from mscke.models.mllm import MLLM, in_batches
+from mscke.models.mllm import MLLM
 from mscke.training import write_whole
 
 SIZES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)

@@ -27,7 +27,8 @@ from mscke.classifier import ScopeClassifier
 from mscke.memory import EditMemory
 from mscke.models.clip import side_texts
 from mscke.models.counterfactual import CounterfactualModel
-from mscke.models.mllm import MLLM, generate
+from mscke.models.decoding import generate
+from mscke.models.mllm import MLLM
 
 PARTS = {  # the paper's parts -> what a query that reaches them passes through
     "scope classifier": ("CLIP text", "CLIP image", "classifier head", "memory lookup"),

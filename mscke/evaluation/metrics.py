@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mscke.models.mllm import Forced, normalise_answer
+from mscke.models.decoding import Forced, normalise_answer
 
 ROLES = ("reliability", "generality", "in_scope", "out_of_scope", "locality")
 METRICS = dict(zip(ROLES, ("reliability", "generality", "m_in", "m_out", "locality"), strict=True))

@@ -22,7 +22,8 @@ from mscke.evaluation.metrics import (
     token_accuracy,
     unchanged_share,
 )
-from mscke.models.mllm import MLLM, in_batches
+from mscke.models.decoding import in_batches
+from mscke.models.mllm import MLLM
 from mscke.workers import processes
 
 COLUMNS = "track backbone method protocol record metric value question expected answer".split()

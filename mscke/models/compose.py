@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mscke.models.mllm import IMAGE_TOKEN
+from mscke.models.prompts import IMAGE_TOKEN
 
 SEEING = ("vision_model.", "query_tokens", "qformer.")  # what MiniGPT-4 takes of BLIP-2
 TEXT, PROJECTION, LLAMA_PROJECTION = "language_model.", "language_projection.", "llama_proj."

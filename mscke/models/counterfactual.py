@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mscke.benchmark.sample import Edit, Query
-from mscke.models.mllm import IN_CONTEXT, MLLM, Batch, Forced, by_length, embed, generate, teacher_force
+from mscke.models.decoding import Forced, by_length, generate, teacher_force
+from mscke.models.mllm import MLLM
+from mscke.models.prompts import IN_CONTEXT, Batch, embed
 
 
 class CounterfactualModel(nn.Module, PyTorchModelHubMixin):

@@ -25,7 +25,7 @@ from mscke.benchmark.fetch import FILES, MINIGPT4_NAMES
 from mscke.benchmark.generate import generate
 from mscke.benchmark.sample import FIELDS, open_image
 from mscke.config import Track, get_track
-from mscke.models.mllm import IMAGE_TOKEN, IN_CONTEXT, TEMPLATE
+from mscke.models.prompts import IMAGE_TOKEN, IN_CONTEXT, TEMPLATE
 
 WIDTH, QFORMER_WIDTH, QUERIES, IMAGE = 32, 24, 4, 42
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import Blip2VisionModel, LlamaForCausalLM, OPTForCausalLM
 
 from mscke.config import ASSETS, ROOT
-from mscke.models.mllm import FORMATS, PromptEncoder
 from mscke.models.pretrain import bridge, card, clip, language, text, vision
+from mscke.models.prompts import FORMATS, PromptEncoder
 
 WORK = ROOT / "outputs" / "pretrain"
 STEPS = {

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig
 
 from mscke.benchmark.scenes import HELD_OUT_FOLD, PRETRAINING_FOLDS, Scene, sample_scene_of
-from mscke.models.mllm import IMAGE_TOKEN
 from mscke.models.pretrain.language import N_CELLS, Lesson, accuracy
 from mscke.models.pretrain.loop import train
 from mscke.models.pretrain.vision import pixels
+from mscke.models.prompts import IMAGE_TOKEN
 
 VISION_WIDTH = 160
 

@@ -14,7 +14,8 @@ from mscke.benchmark.facts import world_facts
 from mscke.benchmark.questions import ATTRIBUTES, Question, references, sample_question
 from mscke.benchmark.sample import Query
 from mscke.benchmark.scenes import HELD_OUT, HELD_OUT_FOLD, sample_scene_of
-from mscke.models.mllm import MLLM, generate
+from mscke.models.decoding import generate
+from mscke.models.mllm import MLLM
 from mscke.models.pretrain.clip import encode, sample_phrase
 from mscke.models.pretrain.vision import cells_of_patches, pixels
 

@@ -27,9 +27,9 @@ from mscke.benchmark.scenes import (
     neighbours,
     sample_scene_of,
 )
-from mscke.models.mllm import Batch, PromptEncoder, embed
 from mscke.models.pretrain.loop import train
 from mscke.models.pretrain.text import sample_episode, sample_fact
+from mscke.models.prompts import Batch, PromptEncoder, embed
 
 N_CELLS = 9
 WIDTH, LAYERS, HEADS = 128, 4, 4

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from mscke.benchmark.facts import kind_facts, world_facts
 from mscke.benchmark.questions import Question, Unanswerable, references, sample_question, vocabulary
 from mscke.benchmark.scenes import KINDS, Scene
-from mscke.models.mllm import IN_CONTEXT, TEMPLATE
+from mscke.models.prompts import IN_CONTEXT, TEMPLATE
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<image>", "<Img>", "</Img>", "###Human:", "###Assistant:"]
 

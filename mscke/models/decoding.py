@@ -1,0 +1,83 @@
+"""What a language model says to a batch of prompts: greedy answers, or predictions given the gold ones (§5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mscke.models.prompts import PromptEncoder, embed
+
+
+def normalise_answer(text: str) -> str:
+    """Case, surrounding space and closing stop do not matter; all else does (exact match)."""
+    return " ".join(text.lower().split()).rstrip(". ")
+
+
+@torch.inference_mode()
+def generate(
+    language_model: nn.Module,
+    encoder: PromptEncoder,
+    prompts: list[list[int]],
+    visual: Tensor | None,
+    max_new_tokens: int = 6,
+) -> list[str]:
+    """Greedy answers. ``visual`` (V, n, d): one entry for each prompt with placeholders, in order."""
+    batch = encoder.collate(prompts, left=True)
+    device = next(language_model.parameters()).device
+    ids, mask = batch.ids.to(device), batch.mask.to(device)
+    tokens = language_model.generate(
+        inputs_embeds=embed(language_model, ids, encoder.image_id, visual), attention_mask=mask,
+        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=encoder.pad_id,
+        eos_token_id=encoder.eos_id,
+    )  # fmt: skip
+    texts = encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [normalise_answer(text.split(encoder.stop)[0]) for text in texts]
+
+
+@dataclass(frozen=True)
+class Forced:
+    """One answer under teacher forcing: ``hits`` (T,) bool by answer token, ``top`` (L, k) token ids
+    at every position (visual tokens, prompt, answer), most likely first."""
+
+    hits: np.ndarray
+    top: np.ndarray
+
+
+@torch.inference_mode()
+def teacher_force(
+    language_model: nn.Module,
+    encoder: PromptEncoder,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    visual: Tensor | None,
+    k: int = 10,
+) -> list[Forced]:
+    """Predict every token given the gold ones before it (the paper's protocol)."""
+    batch = encoder.collate(prompts, answers)
+    device = next(language_model.parameters()).device
+    ids, mask = batch.ids.to(device), batch.mask.to(device)
+    logits = language_model(
+        inputs_embeds=embed(language_model, ids, encoder.image_id, visual),
+        attention_mask=mask,
+        use_cache=False,
+    ).logits
+    top = logits.topk(k, -1).indices.cpu().numpy().astype(np.int32)
+    labels, lengths = batch.labels.numpy(), batch.mask.sum(1).tolist()
+    return [
+        Forced(t[row >= 0, 0] == row[row >= 0], t[:n]) for t, row, n in zip(top, labels, lengths, strict=True)
+    ]
+
+
+def in_batches(n: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def by_length(prompts: list[list[int]], ask: Callable[[list[int]], list], size: int) -> list:
+    """``ask`` of all rows, ``size`` at a time and about as long as each other; results in the prompts' order."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found = [result for part in in_batches(len(order), size) for result in ask(order[part])]
+    return [found[place] for place in sorted(range(len(order)), key=order.__getitem__)]
