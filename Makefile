@@ -42,7 +42,7 @@ PAPERS    := $(filter-out 07_beyond,$(NOTEBOOKS)) # the paper's experiments
 NOTE      := *Executed on the track `$(PAPER)`. What the text says of results was written about the track `mini`.*
 PAPERMILL := $(PYTHON) -m papermill -k python3 --cwd notebooks --no-progress-bar --log-output --execution-timeout 3600
 # On mini every output is compared but plots and timings (tagged nbval-ignore-output); on smoke, only those
-# that cannot depend on size (tagged nbval-check-output).
+# that cannot depend on size (tagged nbval-check-output). Figures go elsewhere: what is timed then is not alone.
 NBVAL     := TQDM_DISABLE=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --nbval-current-env --nbval-cell-timeout 3600 \
              --nbval-sanitize-with tests/nbval_sanitize.cfg
 TWO       := -n 2 --dist loadfile # two files at a time: hence the policy, else one's idle threads keep the other's waiting
@@ -82,7 +82,7 @@ reproduce: $(NOTEBOOKS:%=$(STAMPS)/%) ## run the notebooks on the mini track, ke
 	@echo "== the paper's numbers, the committed and the regenerated ones"
 	MSCKE_TRACK=mini $(PYTHON) -m mscke.report.verify
 	@echo "== nbval: the notebooks' checked outputs, two notebooks at a time"
-	MSCKE_TRACK=mini $(NBVAL) --nbval $(TWO) notebooks
+	MSCKE_TRACK=mini MSCKE_FIGURES=$(CURDIR)/outputs/mini/checked $(NBVAL) --nbval $(TWO) notebooks
 
 # One stamp a notebook: an interrupted `make reproduce` goes on where it was.
 $(STAMPS)/01_data $(PAPER_STAMPS)/01_data: $(BENCHMARK) $(REPORT) mscke/editors/serac.py

@@ -107,7 +107,9 @@ class Track:
 
     @property
     def figures(self) -> Path:
-        """Figures and tables: the committed ones for ``mini``, beside the outputs otherwise."""
+        """Figures and tables: where MSCKE_FIGURES says, else the committed ones for ``mini``, else beside the outputs."""
+        if told := os.environ.get("MSCKE_FIGURES"):
+            return Path(told).expanduser()
         return ROOT / "figures" if self.name == "mini" else self.outputs / "figures"
 
 

@@ -13,7 +13,7 @@ from mscke.benchmark import hub, load_benchmark, loaded_once
 from mscke.benchmark.lock import FetchError
 from mscke.benchmark.sample import RecordError
 from mscke.classifier import FUSIONS, ScopeClassifier
-from mscke.config import ROOT, TRACKS
+from mscke.config import ROOT, TRACKS, get_track
 from mscke.editors.finetune import FineTune
 from mscke.editors.grid import load_clip
 from mscke.editors.mend import MEND, MendNetworks
@@ -303,3 +303,10 @@ def test_make_paper_writes_below_outputs_alone():
     assert said.count("MSCKE_TRACK=paper-tiny python -m papermill") == 6
     for line in re.findall(r"papermill .* (\S+\.ipynb)$", said, re.MULTILINE):
         assert line.startswith("outputs/paper-tiny/notebooks/")
+
+
+def test_figures_go_where_they_are_told(monkeypatch, tmp_path):
+    monkeypatch.delenv("MSCKE_FIGURES", raising=False)
+    assert get_track("mini").figures == ROOT / "figures" and get_track("smoke").figures != ROOT / "figures"
+    monkeypatch.setenv("MSCKE_FIGURES", str(tmp_path))
+    assert {get_track(name).figures for name in TRACKS} == {tmp_path}
