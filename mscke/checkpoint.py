@@ -29,9 +29,8 @@ def read(folder: Path, made_of: dict) -> dict:
     path = folder / "checkpoint.pt"
     if not path.exists():
         return {}
-    saved = torch.load(
-        path, map_location="cpu", weights_only=True, mmap=True
-    )  # of a run that is over, little is read
+    # mapped: of a run that is over, little is read
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     keys = made_of.keys() | saved["made_of"].keys()
     if other := sorted(k for k in keys if saved["made_of"].get(k) != made_of.get(k)):
         raise ValueError(f"{folder} holds a run with other {', '.join(other)}: delete it to train anew")
