@@ -35,7 +35,7 @@ class Track:
     image_size: int | None = None  # side of the images that an MLLM is shown, in pixels; None: its own
     device: str = "cpu"  # "auto": the GPU, if there is one
     eight_bit: bool = False  # language models in 8-bit integers (bitsandbytes), on a GPU only
-    batch_size: int = 512  # queries that an MLLM is asked at once
+    batch_size: int = 128  # queries that an MLLM is asked at once; more of mini's leave the processor's cache
     edits_at_once: int | None = None  # that FT-LLM keeps copies of weights for; None: all
     half_features: bool = False  # CLIP's features kept in float16: an image of ViT-L/14 is 0.5 MB then
     patience: float = 5.0  # seconds: what takes longer for one query is not timed further (06_cost)

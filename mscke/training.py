@@ -87,7 +87,7 @@ def train_classifier(
     validation: Sequence[EditRecord],
     folder: Path,
     epochs: int = 4,
-    lr: float = 1e-3,
+    lr: float = 1.5e-3,
     batch_size: int = 128,
     seed: int = 0,
     weights: Sequence[float] = FINE_GRAINED,

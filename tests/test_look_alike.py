@@ -22,7 +22,7 @@ from mscke.evaluation.look_alike import (
     routed_among,
 )
 from mscke.evaluation.metrics import ROLES
-from mscke.evaluation.outcomes import answered
+from mscke.evaluation.outcomes import answered, own_scores
 from mscke.training import encode_records
 
 pytest_plugins = ["tiny"]
@@ -135,7 +135,8 @@ def test_cells_are_means_of_their_patches(encoder, alike):
 def test_routing_among_many_is_the_routers(classifier, alike):
     scores = np.sort(_rho(classifier, alike).max(1))
     for threshold in (0.0, float(scores[len(scores) // 2]), 1.1):
-        own, other = routed_among(classifier, alike, threshold)
+        rho, own, other = routed_among(classifier, alike, threshold)
+        np.testing.assert_allclose(rho, own_scores(classifier, alike), rtol=1e-6)
         router = MSCKE(None, None, classifier, threshold=threshold).edit(alike).router
         for i, record in enumerate(alike):
             edit = router.route(list(record.queries.values())).edit_id.tolist()

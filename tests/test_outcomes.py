@@ -1,6 +1,7 @@
 """A lookup gives exactly what asking the edited model gives, whatever the classifier and its threshold."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,9 @@ from PIL import Image
 
 from mscke.benchmark.sample import Query
 from mscke.classifier import ScopeClassifier
+from mscke.config import get_track
 from mscke.editors.mscke import MSCKE
+from mscke.evaluation import run
 from mscke.evaluation.metrics import METRICS, ROLES
 from mscke.evaluation.outcomes import (
     COLUMNS,
@@ -78,6 +81,29 @@ def test_what_is_left_is_unchanged_and_values_stand_by_record_and_role(both, few
         for i, record in enumerate(few):
             for j, role in enumerate(ROLES):
                 assert values[i, j, 1] == rows[record.id, METRICS[role]]
+
+
+def test_answers_are_asked_once_and_kept(mllm, in_scope, few, both, tmp_path, monkeypatch):
+    track = dataclasses.replace(get_track("smoke"), name=str(tmp_path))
+    bench = SimpleNamespace(test=few)
+    more = "others", few[1:3]
+    monkeypatch.setattr(run.build, "answerer", lambda *_: in_scope)
+    found = [run.both_ways(track, bench, mllm, "counterfactual", "key", others) for others in (None, more)]
+    expected = both, outcomes(mllm, in_scope, more[1])
+    monkeypatch.setattr(run.build, "answerer", None)  # who would ask again fails
+    again = [run.both_ways(track, bench, mllm, "counterfactual", "key", others) for others in (None, more)]
+    for a, b, c in zip(found, expected, again, strict=True):
+        for side in ("left", "taken"):
+            pd.testing.assert_frame_equal(getattr(a, side), getattr(b, side))
+            pd.testing.assert_frame_equal(getattr(a, side), getattr(c, side))
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path):
+    track = dataclasses.replace(get_track("smoke"), name=str(tmp_path))
+    numbers = iter(range(2))
+    first, second = (run.kept(track, "times", lambda: pd.DataFrame({"ms": [next(numbers)]})) for _ in "ab")
+    assert first.ms.tolist() == second.ms.tolist() == [0]
+    assert run.kept(track, "other times", lambda: pd.DataFrame({"ms": [next(numbers)]})).ms.tolist() == [1]
 
 
 def test_answered_by_hand():

@@ -140,7 +140,7 @@ def choose_k(
     demonstrations: Sequence[EditRecord],
     encoder: MiniLMEncoder,
     validation: Sequence[EditRecord],
-    ks: Sequence[int] = (0, 1, 2, 4, 8, 16, 32),
+    ks: Sequence[int] = (0, 1, 2, 4, 8, 32),
 ) -> tuple[int, pd.DataFrame]:
     """The number of demonstrations that does best on ``validation``: (k, a row a k that fits).
 

@@ -21,7 +21,7 @@ from mscke.training import IN_ROLES, ROLES, digest, held_loss, of_rows, tokens
 
 VISUAL, TEXT = ("reliability", "in_scope", "out_of_scope"), ("locality",)  # a record's questions that train
 CHANGED = VISUAL[:2]  # of these, those whose answer the edit changes
-MEASURED = 256  # train edits, at most, whose gradients give the pairs' mean and standard deviation
+MEASURED = 128  # train edits, at most, whose gradients give the pairs' mean and standard deviation
 
 
 def mend_loss(mend: MEND, records: Sequence[EditRecord], c_edit: float = 1.0, c_loc: float = 1.0) -> Tensor:
@@ -64,7 +64,7 @@ def train_mend(
     **options,
 ) -> pd.DataFrame:
     """Train MEND's networks in place; returns the curve, resumes as :func:`mscke.fit.fit` says."""
-    measured = min(MEASURED, mend.base.batch_size // 2)  # all in one batch
+    measured = min(MEASURED, mend.base.batch_size)  # all in one batch
     mend.networks.measure(mend.gradients([r.edit for r in train[:measured]]))
 
     def share(records: Sequence[EditRecord], part: slice) -> Tensor:  # means over records, and over tokens

@@ -6,7 +6,8 @@ picture, and with the edited entities of all other records, which share a memory
 in that memory is again a lookup (:mod:`mscke.evaluation.outcomes`)::
 
     likeness = entity_similarity(classifier.encoder, records)
-    found = answered_among(values, *routed_among(classifier, records))     # (R, 6)
+    rho, own, other = routed_among(classifier, records)
+    found = answered_among(values, own, other)                             # (R, 6)
     by_similarity(found[:, -1], likeness["memory"])
 """
 
@@ -62,15 +63,16 @@ def entity_similarity(encoder: ClipEncoder, records: Sequence[EditRecord]) -> pd
 @torch.inference_mode()
 def routed_among(
     classifier: ScopeClassifier, records: Sequence[EditRecord], threshold: float = 0.5
-) -> tuple[np.ndarray, np.ndarray]:
-    """With all records' edits in one memory, which queries their own edit takes, and which another's: bool (R, 5)."""
-    edits, queries = encode_records(classifier, records)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ρ (R, 5) of each query with its own edit alone, as :func:`mscke.evaluation.outcomes.own_scores` has it; and
+    with all records' edits in one memory, which queries their own edit takes, and which another's: bool (R, 5)."""
+    z_edit, z = map(classifier.embed_features, encode_records(classifier, records))
     memory = EditMemory(classifier.dim)
-    memory.add([r.edit for r in records], classifier(edits))
-    distance, ids = (found[:, 0] for found in memory.nearest(classifier(queries)))
-    taken = (classifier.score(distance) >= threshold).view(-1, len(ROLES))
-    own = ids.view(-1, len(ROLES)) == torch.arange(len(records)).unsqueeze(1)
-    return (taken & own).numpy(), (taken & ~own).numpy()
+    memory.add([r.edit for r in records], z_edit)
+    distance, ids = (found.view(-1, len(ROLES)) for found in memory.nearest(z))
+    taken, own = classifier.score(distance) >= threshold, ids == torch.arange(len(records)).unsqueeze(1)
+    apart = z_edit.unsqueeze(1) - z.view(len(records), len(ROLES), -1)
+    return classifier.score(apart.square().sum(-1)).numpy(), (taken & own).numpy(), (taken & ~own).numpy()
 
 
 def answered_among(values: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:

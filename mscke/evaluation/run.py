@@ -7,12 +7,13 @@ shares out the records instead; both train first what is not trained yet, and gi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from mscke.benchmark import Benchmark, load_benchmark
+from mscke.benchmark.sample import EditRecord
 from mscke.config import ASSETS, ROOT, Track, get_track
 from mscke.editors import build
 from mscke.evaluation.outcomes import PROTOCOLS, Outcomes, ask_all, own_scores
@@ -59,21 +60,36 @@ def _rows(track: Track, bench: Benchmark, base: MLLM, method: str, key: str) -> 
     return named(rows, track.name, base.name, method)
 
 
-def both_ways(track: Track, bench: Benchmark, base: MLLM, answerer: str, key: str | None = None) -> Outcomes:
+def both_ways(
+    track: Track,
+    bench: Benchmark,
+    base: MLLM,
+    answerer: str,
+    key: str | None = None,
+    others: tuple[str, Sequence[EditRecord]] | None = None,
+) -> Outcomes:
     """Both answers to every test query, under both protocols, asked once and kept.
 
     ``answerer``, who answers in scope: one of the values of ``build.IN_SCOPE``. ``key``: of :func:`made_of`.
+    ``others``: what to call other records than the test split's, and they; these are asked under ``generated`` alone.
     """
-    folder = rows_folder(track, base, key or made_of())
+    name, records = others or ("", bench.test)
+    protocols = ("generated",) if others else tuple(PROTOCOLS)
+    folder = rows_folder(track, base, key or made_of()) / name
 
     def ask(who: str) -> pd.DataFrame:
         in_scope = None if who == "nobody" else build.answerer(track, bench, base, who)
-        return shared(lambda part: ask_all(base, in_scope, part, tuple(PROTOCOLS)), bench.test)
+        return shared(lambda part: ask_all(base, in_scope, part, protocols), records)
 
     sides = (
         _kept(folder / f"taken by {who}.parquet", lambda who=who: ask(who)) for who in ("nobody", answerer)
     )
     return Outcomes(*sides)
+
+
+def kept(track: Track, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """What ``make`` has measured with this code, once: a notebook that is run again times nothing."""
+    return _kept(track.outputs / "rows" / made_of() / f"{name}.parquet", make)
 
 
 def rows_folder(track: Track, base: MLLM, key: str) -> Path:

@@ -51,7 +51,7 @@ class MLLM:
         name: str,
         cache: Path | None = None,
         image_size: int | None = None,
-        batch_size: int = 512,
+        batch_size: int = 128,
     ):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         prompt = FORMATS[model.config.text_config.model_type]
@@ -75,7 +75,7 @@ class MLLM:
         name: str,
         cache: Path | None = None,
         image_size: int | None = None,
-        batch_size: int = 512,
+        batch_size: int = 128,
         **kwargs,
     ) -> MLLM:
         """Load a model saved in transformers' own format (safetensors only).
