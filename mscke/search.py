@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-AXES = 48  # that are coded, of the embeddings' 256
+AXES = 40  # that are coded, of the embeddings' 256
 SAMPLE = 100_000  # embeddings, at most, that the axes are taken from
 CANDIDATES = 500  # that are compared in full precision
 BLOCK = 64  # codes that are ranked together at first, by what the best can be: a million take longer than to score

@@ -37,7 +37,7 @@ def encode_records(classifier: ScopeClassifier, records: Sequence[EditRecord]) -
     return _encode(classifier.encoder, tuple(records))
 
 
-@functools.lru_cache(maxsize=4)  # classifiers on one encoder, trained or scored in turn, share them
+@functools.lru_cache(maxsize=8)  # classifiers on one encoder, trained or scored in turn, share them
 @torch.inference_mode(False)  # who asks first may only score; who asks next may train
 def _encode(encoder: Callable[..., Features], records: tuple[EditRecord, ...]) -> tuple[Features, Features]:
     prompts = [Query(r.edit.prompt, r.edit.image) for r in records]

@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
+from mscke.benchmark.sample import Query
 from mscke.classifier import ScopeClassifier
 from mscke.editors.mscke import MSCKE
 from mscke.evaluation.metrics import METRICS, ROLES, exact_match, token_accuracy, unchanged_share
-from mscke.evaluation.protocol import evaluate
+from mscke.evaluation.protocol import _greedy, evaluate
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.decoding import Forced
 from mscke.models.mllm import MLLM
@@ -86,6 +87,21 @@ def editor(mllm, clip_name, encoder, few):
 
 def forced(*rows, hits=()):
     return Forced(np.array(hits, bool), np.array(rows, np.int32))
+
+
+def test_what_teacher_forcing_predicts_to_its_end_is_not_generated(mllm):
+    def one(hit, ends):
+        return Forced(np.array([True, hit]), np.zeros((1, 1), np.int32), ends)
+
+    def answer(queries, among):
+        asked.append(([q.question for q in queries], among.tolist()))
+        return ["said"] * len(queries)
+
+    queries, gold, asked = [Query(c) for c in "abcd"], ["Yes.", "two owls", "no", "red"], []
+    predicted = [one(True, True), one(False, True), one(True, False), one(True, True)]
+    found = _greedy(answer, mllm, queries, gold, predicted, torch.arange(4))
+    assert found == ["yes", "said", "said", "red"] and asked == [(["b", "c"], [1, 2])]
+    assert _greedy(answer, mllm, queries, gold, (), torch.arange(4)) == ["said"] * 4
 
 
 def test_exact_match_by_hand():

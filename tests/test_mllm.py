@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mscke.benchmark.sample import Query
+from mscke.config import ASSETS
 from mscke.models import mllm as module
 from mscke.models.decoding import generate, normalise_answer, teacher_force
 from mscke.models.mllm import MLLM, load_pixels
@@ -231,3 +232,16 @@ def test_normalise_answer(text, expected):
 @given(st.text(alphabet=" .aB\n-é", max_size=12))
 def test_normalising_twice_changes_nothing(text):
     assert normalise_answer(normalise_answer(text)) == normalise_answer(text)
+
+
+@pytest.mark.parametrize("folder", ["blip2-mini", "minigpt4-mini"])
+def test_teacher_forcing_knows_what_greedy_decoding_says(folder, records):
+    """Of a model that ends its answers: what it says is predicted to its end, and nothing else is."""
+    model = MLLM.from_pretrained(ASSETS / folder, folder)
+    asked = [r.queries[role] for r in records[:8] for role in ("reliability", "in_scope", "out_of_scope")]
+    said = model.answer(asked)
+    assert len(set(said)) > 4 and all(f.is_greedy for f in model.force(asked, said))
+    assert not any(f.is_greedy for f in model.force(asked, [f"{answer} and an owl" for answer in said]))
+    assert not any(
+        f.is_greedy for f in model.force(asked, ["seven sleepy owls and one more owl"] * len(asked))
+    )

@@ -1,8 +1,11 @@
 """Counted at the paper's sizes: as a sum of two per weight and token says, and without a weight in memory."""
 
+import numpy as np
 import pytest
 
-from mscke.report.paper_sizes import OPT_2_7B, paper_sizes
+from mscke.evaluation.cost import flops
+from mscke.report import paper_sizes as module
+from mscke.report.paper_sizes import OPT_2_7B, paper_seconds, paper_sizes
 
 
 def test_counts_are_two_flops_a_weight_and_token():
@@ -24,3 +27,23 @@ def test_more_pixels_cost_the_base_model_alone():
         large.gflops["base model"] > 2 * small.gflops["base model"]
         and large.gflops["dot"] == small.gflops["dot"]
     )
+
+
+def test_what_is_timed_at_two_depths_is_what_is_counted(monkeypatch):
+    """Work instead of time: extended from two depths to all layers it is that of the whole models."""
+    count = lambda runs, repeats: {depth: np.full(repeats, flops(run)) for depth, run in runs.items()}  # noqa: E731
+    monkeypatch.setattr(module, "in_turns", count)
+    counted, whole = paper_seconds(side=224), paper_sizes(side=224)
+    by_part = counted.groupby("part")["seconds"].sum() / 1e9
+    assert by_part["base model"] == pytest.approx(whole.gflops["base model"], rel=0.02)
+    assert by_part["classifier"] == pytest.approx(whole.gflops["dot"], rel=0.01)
+    assert (counted.lo == counted.hi).all()
+
+
+def test_seconds_are_extended_by_the_layers_left_out(monkeypatch):
+    monkeypatch.setattr(module, "_stacks", lambda tokens, side: [("part", "stack", 10, lambda depth: depth)])
+    monkeypatch.setattr(
+        module, "in_turns", lambda runs, repeats: {2: np.array([1.0, 2.0]), 4: np.array([2.0, 2.0])}
+    )
+    (row,) = paper_seconds().to_dict("records")
+    assert (row["seconds"], row["lo"], row["hi"]) == (3.5, 2.0, 5.0)  # 1 + 8 · 0.5 and 2 + 8 · 0

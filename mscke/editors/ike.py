@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mscke.benchmark.sample import EditRecord, Query
 from mscke.editors.serac import MiniLMEncoder
-from mscke.models.decoding import Forced, by_length, generate, normalise_answer, teacher_force
+from mscke.models.decoding import NEW_TOKENS, Forced, by_length, generate, normalise_answer, teacher_force
 from mscke.models.mllm import MLLM
 from mscke.models.prompts import IN_CONTEXT, TEMPLATE
 from mscke.training import IN_ROLES, ROLES
@@ -31,7 +31,6 @@ ROTATION = (
     "in_scope", "out_of_scope", "generality", "locality", "in_scope", "out_of_scope", "reliability", "locality",
 )  # fmt: skip
 TOKENS = 64  # of a batch, for each query that the base model takes at once: contexts are long
-NEW_TOKENS = 6  # room for the answer
 
 
 def demonstration(record: EditRecord, role: str) -> str:

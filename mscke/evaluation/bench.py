@@ -85,7 +85,7 @@ def route(
         ways = lookups(classifier, records, n)
         if not bearable:
             del ways["baseline"]
-        rows += compare("route", n, "query", ways, budget=2 * patience)
+        rows += compare("route", n, "query", ways, budget=patience)
         bearable = bearable and rows[-1]["baseline"] <= patience
     return rows
 

@@ -26,12 +26,11 @@ from mscke.benchmark.sample import Edit, EditRecord, Query
 from mscke.classifier import ScopeClassifier
 from mscke.editors.mscke import RoutedModel, own_edits
 from mscke.evaluation.metrics import METRICS, ROLES
-from mscke.evaluation.protocol import generated, teacher_forced
+from mscke.evaluation.protocol import ask
 from mscke.models.mllm import MLLM
 from mscke.router import Route
 from mscke.training import encode_records
 
-PROTOCOLS = {"generated": generated, "teacher_forced": teacher_forced}
 COLUMNS = (*METRICS.values(), "specificity")
 
 
@@ -79,8 +78,7 @@ def ask_all(base: MLLM, in_scope, records: Sequence[EditRecord], protocols: Sequ
     """One side of :class:`Outcomes`: every query taken by its own edit, or left if ``in_scope`` is None."""
     model = RoutedModel(base, in_scope, _Always([r.edit for r in records], in_scope is not None))
     among = own_edits(len(records), len(ROLES))
-    frames = [PROTOCOLS[p](model, base, records, among).assign(protocol=p) for p in protocols]
-    return pd.concat(frames, ignore_index=True)
+    return ask(model, base, records, among, protocols)
 
 
 def answered(values: np.ndarray, routed: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from accelerate.utils import gather_object
 
-from mscke.benchmark.sample import EditRecord
+from mscke.benchmark.sample import EditRecord, Query
 from mscke.checkpoint import write_whole
 from mscke.editors.base import EditedModel, Editor
 from mscke.evaluation.metrics import (
@@ -22,7 +22,7 @@ from mscke.evaluation.metrics import (
     token_accuracy,
     unchanged_share,
 )
-from mscke.models.decoding import in_batches
+from mscke.models.decoding import Forced, in_batches, said
 from mscke.models.mllm import MLLM
 from mscke.workers import processes
 
@@ -40,11 +40,20 @@ def evaluate(
     """
     model = editor.edit(records)
     among = None if together else torch.arange(len(records)).repeat_interleave(len(ROLES))
-    frames = [
-        generated(model, base, records, among).assign(protocol="generated"),
-        teacher_forced(model, base, records, among).assign(protocol="teacher_forced"),
-    ]
-    return named(pd.concat(frames, ignore_index=True), track, base.name, editor.name)
+    return named(ask(model, base, records, among), track, base.name, editor.name)
+
+
+def ask(
+    model: EditedModel,
+    base: MLLM,
+    records: Sequence[EditRecord],
+    among: torch.Tensor | None,
+    protocols: Sequence[str] = ("generated", "teacher_forced"),
+) -> pd.DataFrame:
+    """Rows of every query under each of ``protocols``, of which teacher forcing spares most of the generating."""
+    forced = _force(model, base, records, among) if "teacher_forced" in protocols else ([], [])
+    frames = [PROTOCOLS[p](model, base, records, among, *forced).assign(protocol=p) for p in protocols]
+    return pd.concat(frames, ignore_index=True)
 
 
 def named(rows: pd.DataFrame, track: str, backbone: str, method: str) -> pd.DataFrame:
@@ -87,32 +96,77 @@ def _queries(records: Sequence[EditRecord]) -> tuple[list, list[str], pd.DataFra
 
 
 def generated(
-    model: EditedModel, base: MLLM, records: Sequence[EditRecord], among: torch.Tensor | None
+    model: EditedModel,
+    base: MLLM,
+    records: Sequence[EditRecord],
+    among: torch.Tensor | None,
+    after: Sequence[Forced] = (),
+    before: Sequence[Forced] = (),
 ) -> pd.DataFrame:
-    """Greedy answers, exact match; unchanged = the base model's own answer."""
+    """Greedy answers, exact match; unchanged = the base model's own answer. ``after``, ``before``: if there are any,
+    the gold answers' predictions by the model, and by the base model for what must stay."""
     queries, gold, frame = _queries(records)
-    before, after = base.answer(queries), model.answer(queries, among)
-    must_change = frame["role"].isin(CHANGES)
-    frame["expected"] = np.where(must_change, gold, before)
-    frame["answer"] = after
-    frame["value"] = exact_match(after, frame["expected"])
+    stays = ~frame["role"].isin(CHANGES)
+    kept = np.flatnonzero(stays)
+    own = _greedy(base.answer, base, [queries[i] for i in kept], [gold[i] for i in kept], before)
+    frame["expected"] = gold
+    frame.loc[stays, "expected"] = own
+    frame["answer"] = _greedy(model.answer, base, queries, gold, after, among)
+    frame["value"] = exact_match(frame["answer"], frame["expected"])
     return _named(frame)
+
+
+def _greedy(
+    answer: Callable,
+    base: MLLM,
+    queries: Sequence[Query],
+    gold: Sequence[str],
+    forced: Sequence[Forced],
+    among: torch.Tensor | None = None,
+) -> list[str]:
+    """Greedy answers (B). Where teacher forcing shows them to be the gold ones they need not be asked for."""
+    known = [i for i, f in enumerate(forced) if f.is_greedy]
+    ids = [base.encoder.answer(gold[i], eos=False) for i in known]
+    found = dict(zip(known, said(base.encoder, ids) if ids else [], strict=True))
+    rest = [i for i in range(len(queries)) if i not in found]
+    if rest:
+        asked = [queries[i] for i in rest], *(() if among is None else (among[rest],))
+        found |= zip(rest, answer(*asked), strict=True)
+    return [found[i] for i in range(len(queries))]
+
+
+def _force(
+    model: EditedModel, base: MLLM, records: Sequence[EditRecord], among: torch.Tensor | None
+) -> tuple[list[Forced], list[Forced]]:
+    """The gold answers' predictions by the model, and by the base model for the queries that must stay."""
+    queries, gold, frame = _queries(records)
+    kept = np.flatnonzero(~frame["role"].isin(CHANGES))
+    return model.force(queries, gold, among), base.force([queries[i] for i in kept], [gold[i] for i in kept])
 
 
 def teacher_forced(
-    model: EditedModel, base: MLLM, records: Sequence[EditRecord], among: torch.Tensor | None
+    model: EditedModel,
+    base: MLLM,
+    records: Sequence[EditRecord],
+    among: torch.Tensor | None,
+    after: Sequence[Forced] = (),
+    before: Sequence[Forced] = (),
 ) -> pd.DataFrame:
-    """Token accuracy given the gold prefix; unchanged = the same top-k ids at every position."""
+    """Token accuracy given the gold prefix; unchanged = the same top-k ids at every position. ``after`` and
+    ``before`` are as in :func:`generated`."""
+    if not after:
+        after, before = _force(model, base, records, among)
     queries, gold, frame = _queries(records)
-    after = model.force(queries, gold, among)
-    stays = [i for i, role in enumerate(frame["role"]) if role not in CHANGES]
-    before = dict(zip(stays, base.force([queries[i] for i in stays], [gold[i] for i in stays]), strict=True))
-    values = [token_accuracy(forced) for forced in after]
-    for i in stays:
-        prefix = base.encoder.prefix_length(queries[i].image is not None)
-        values[i] = unchanged_share(before[i], after[i], TOP_K[frame["role"][i]], prefix)
+    values, own = [token_accuracy(forced) for forced in after], iter(before)
+    for i, role in enumerate(frame["role"]):
+        if role not in CHANGES:
+            prefix = base.encoder.prefix_length(queries[i].image is not None)
+            values[i] = unchanged_share(next(own), after[i], TOP_K[role], prefix)
     frame["expected"], frame["answer"], frame["value"] = gold, "", values
     return _named(frame)
+
+
+PROTOCOLS = {"generated": generated, "teacher_forced": teacher_forced}
 
 
 def _named(frame: pd.DataFrame) -> pd.DataFrame:

@@ -16,8 +16,8 @@ from mscke.benchmark import Benchmark, load_benchmark
 from mscke.benchmark.sample import EditRecord
 from mscke.config import ASSETS, ROOT, Track, get_track
 from mscke.editors import build
-from mscke.evaluation.outcomes import PROTOCOLS, Outcomes, ask_all, own_scores
-from mscke.evaluation.protocol import evaluate_shared, named, save_rows, shared
+from mscke.evaluation.outcomes import Outcomes, ask_all, own_scores
+from mscke.evaluation.protocol import PROTOCOLS, evaluate_shared, named, save_rows, shared
 from mscke.models.mllm import MLLM
 from mscke.workers import in_processes, processes
 

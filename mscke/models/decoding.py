@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from mscke.models.prompts import PromptEncoder, embed
 
+NEW_TOKENS = 6  # at most, of an answer
+
 
 def normalise_answer(text: str) -> str:
     """Case, surrounding space and closing stop do not matter; all else does (exact match)."""
@@ -23,7 +25,7 @@ def generate(
     encoder: PromptEncoder,
     prompts: list[list[int]],
     visual: Tensor | None,
-    max_new_tokens: int = 6,
+    max_new_tokens: int = NEW_TOKENS,
 ) -> list[str]:
     """Greedy answers. ``visual`` (V, n, d): one entry for each prompt with placeholders, in order."""
     batch = encoder.collate(prompts, left=True)
@@ -34,6 +36,11 @@ def generate(
         max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=encoder.pad_id,
         eos_token_id=encoder.eos_id,
     )  # fmt: skip
+    return said(encoder, tokens)
+
+
+def said(encoder: PromptEncoder, tokens: Tensor | list[list[int]]) -> list[str]:
+    """Answers (B) of these token ids, up to where one stops."""
     texts = encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [normalise_answer(text.split(encoder.stop)[0]) for text in texts]
 
@@ -41,10 +48,16 @@ def generate(
 @dataclass(frozen=True)
 class Forced:
     """One answer under teacher forcing: ``hits`` (T,) bool by answer token, ``top`` (L, k) token ids
-    at every position (visual tokens, prompt, answer), most likely first."""
+    at every position (visual tokens, prompt, answer), most likely first; ``ends``: the end is predicted after it."""
 
     hits: np.ndarray
     top: np.ndarray
+    ends: bool = False
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether greedy decoding would say just this: each token is the most likely one, and so is the end."""
+        return bool(self.ends and self.hits.all() and len(self.hits) <= NEW_TOKENS)
 
 
 @torch.inference_mode()
@@ -56,8 +69,8 @@ def teacher_force(
     visual: Tensor | None,
     k: int = 10,
 ) -> list[Forced]:
-    """Predict every token given the gold ones before it (the paper's protocol)."""
-    batch = encoder.collate(prompts, answers)
+    """Predict every token given the gold ones before it (the paper's protocol), and whether the answer ends there."""
+    batch = encoder.collate(prompts, [[*answer, encoder.eos_id] for answer in answers])
     device = next(language_model.parameters()).device
     ids, mask = batch.ids.to(device), batch.mask.to(device)
     logits = language_model(
@@ -67,9 +80,11 @@ def teacher_force(
     ).logits
     top = logits.topk(k, -1).indices.cpu().numpy().astype(np.int32)
     labels, lengths = batch.labels.numpy(), batch.mask.sum(1).tolist()
-    return [
-        Forced(t[row >= 0, 0] == row[row >= 0], t[:n]) for t, row, n in zip(top, labels, lengths, strict=True)
-    ]
+    found = []
+    for t, row, n in zip(top, labels, lengths, strict=True):
+        *hits, ends = t[row >= 0, 0] == row[row >= 0]
+        found.append(Forced(np.array(hits, bool), t[: n - 1], bool(ends)))
+    return found
 
 
 def in_batches(n: int, size: int) -> list[slice]:

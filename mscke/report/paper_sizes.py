@@ -1,4 +1,4 @@
-"""What one query takes at the paper's sizes, in FLOPs counted on shapes alone: nothing is fetched, little computed.
+"""What one query takes at the paper's sizes: FLOPs counted on shapes alone, and seconds layer by layer. Nothing is fetched.
 
 CLIP ViT-L/14 is open_clip's own definition. BLIP-2 OPT-2.7B is transformers' default vision tower (ViT-g) and
 Q-Former with a text model of OPT's published shape (Zhang et al., arXiv:2205.01068, Tab. 1).
@@ -7,8 +7,10 @@ Q-Former with a text model of OPT's published shape (Zhang et al., arXiv:2205.01
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import open_clip
 import pandas as pd
 import torch
@@ -16,6 +18,7 @@ import transformers as hf
 from torch.utils.flop_counter import FlopCounterMode
 
 from mscke.classifier import ScopeClassifier
+from mscke.evaluation.cost import in_turns
 from mscke.models.clip import WORDS, Features
 
 OPT_2_7B = {
@@ -74,3 +77,71 @@ def _gflops(run: Callable) -> float:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() / 1e9
+
+
+@torch.inference_mode()
+def paper_seconds(
+    depths: tuple[int, int] = (2, 4), repeats: int = 2, tokens: int = 20, side: int = 364
+) -> pd.DataFrame:
+    """Seconds of one query on this machine's processor, float32, at the paper's widths: a row a stack of layers.
+
+    Each stack is timed at two ``depths``, in turns; its layers are alike, so that a + b · layers is the time of all.
+    Weights are constants, for time does not depend on them. The language model only reads the prompt: further
+    tokens of an answer would add to the base model's time. Columns part, stack, layers, seconds (median), and
+    lo and hi, the least and greatest of ``repeats`` rounds.
+    """
+    rows, (low, high) = [], depths
+    for part, name, layers, make in _stacks(tokens, side):
+        few, more = in_turns({depth: make(depth) for depth in depths}, repeats).values()
+        seconds = few + (more - few) / (high - low) * (layers - low)
+        spread = {"seconds": np.median(seconds), "lo": seconds.min(), "hi": seconds.max()}
+        rows.append({"part": part, "stack": name, "layers": layers} | spread)
+    return pd.DataFrame(rows)
+
+
+def _stacks(tokens: int, side: int) -> list[tuple[str, str, int, Callable[[int], Callable]]]:
+    """(part, stack, its layers, what makes one of fewer: a call that passes one query through it)."""
+    clip, opt = open_clip.get_model_config("ViT-L-14"), hf.OPTConfig(**OPT_2_7B)
+    vision, former = hf.Blip2VisionConfig(image_size=side), hf.Blip2QFormerConfig()
+    queries, patches = hf.Blip2Config().num_query_tokens, (side // vision.patch_size) ** 2 + 1
+
+    def see(depth: int) -> Callable:
+        model = _of(hf.Blip2VisionModel, vision, depth)
+        return lambda: model(pixel_values=torch.rand(1, 3, side, side))
+
+    def query(depth: int) -> Callable:
+        model = _of(hf.Blip2QFormerModel, former, depth)
+        asked, seen = (1, queries, former.hidden_size), (1, patches, former.encoder_hidden_size)
+        return lambda: model(query_embeds=torch.rand(asked), encoder_hidden_states=torch.rand(seen))
+
+    def read(depth: int) -> Callable:
+        model = _of(hf.OPTForCausalLM, opt, depth)
+        prompt = torch.rand(1, queries + tokens, opt.hidden_size)
+        return lambda: model(inputs_embeds=prompt, logits_to_keep=1)
+
+    def tower(of: str, depth: int) -> Callable:
+        model = _constant(open_clip.CLIP(**clip | {f"{of}_cfg": clip[f"{of}_cfg"] | {"layers": depth}}))
+        words = torch.zeros(1, model.context_length, dtype=torch.long)
+        picture = torch.rand(1, 3, 224, 224)
+        return lambda: model.encode_image(picture) if of == "vision" else model.encode_text(words)
+
+    return [
+        ("base model", "vision (ViT-g)", vision.num_hidden_layers, see),
+        ("base model", "Q-Former", former.num_hidden_layers, query),
+        ("base model", "language model (OPT-2.7B)", opt.num_hidden_layers, read),
+        ("classifier", "CLIP image (ViT-L)", clip["vision_cfg"]["layers"], partial(tower, "vision")),
+        ("classifier", "CLIP text", clip["text_cfg"]["layers"], partial(tower, "text")),
+    ]
+
+
+def _of(kind: type, config: hf.PreTrainedConfig, depth: int) -> torch.nn.Module:
+    """A model of ``depth`` layers, without the seconds that drawing its weights would take."""
+    with torch.device("meta"):
+        model = kind(kind.config_class(**config.to_dict() | {"num_hidden_layers": depth}))
+    return _constant(model.to_empty(device="cpu"))
+
+
+def _constant(model: torch.nn.Module) -> torch.nn.Module:
+    for tensor in model.parameters():
+        tensor.fill_(0.01)
+    return model.eval()
