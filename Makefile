@@ -20,8 +20,6 @@ endif
 # What each notebook is, and the modules it uses: a change to a figure does not retrain a model.
 NOTEBOOKS := 01_data 02_training 03_main_results 04_ablation 05_transfer 06_cost 07_beyond
 TRAINS    := 01_data 02_training
-# Side by side, for at their serial parts a core would idle; 06 and 07 take times, and so run alone.
-UNTIMED   := 03_main_results 04_ablation 05_transfer
 ABOUT.01_data         := builds FGVEdit-Scenes and looks at it
 ABOUT.02_training     := trains the scope classifier and the editors that learn
 ABOUT.03_main_results := runs every editor on the test records and makes the paper's main tables
@@ -60,7 +58,7 @@ paper paper-data paper-check: export MSCKE_MODELS := $(if $(MODELS),$(abspath $(
 # The kernel "python3" is this environment's, even where the user has another of that name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env active-env moment reproduce test smoke $(NOTEBOOKS:%=smoke-%) bench pretrain paper paper-data paper-check lab lock lint clean
+.PHONY: help env active-env reproduce test smoke $(NOTEBOOKS:%=smoke-%) bench pretrain paper paper-data paper-check lab lock lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
@@ -79,10 +77,7 @@ active-env:
 	@$(PYTHON) -P -c 'import importlib.util as u, sys; sys.exit(u.find_spec("mscke") is None)' \
 	  || $(PYTHON) -m pip install --no-deps -e .
 
-reproduce: ## run the notebooks on the mini track, keep their outputs, compare with the paper
-	$(MAKE) $(TRAINS:%=$(STAMPS)/%)
-	$(MAKE) -j 2 $(UNTIMED:%=$(STAMPS)/%)
-	$(MAKE) $(NOTEBOOKS:%=$(STAMPS)/%)
+reproduce: $(NOTEBOOKS:%=$(STAMPS)/%) ## run the notebooks on the mini track, keep their outputs, compare with the paper
 	MSCKE_TRACK=mini $(PYTHON) -m mscke.report.registry
 	@echo "== the paper's numbers, the committed and the regenerated ones"
 	MSCKE_TRACK=mini $(PYTHON) -m mscke.report.verify
@@ -98,11 +93,6 @@ $(STAMPS)/02_training: $(STAMPS)/01_data
 $(AFTER_TRAINING:%=$(STAMPS)/%): $(STAMPS)/02_training
 $(PAPER_STAMPS)/02_training: $(PAPER_STAMPS)/01_data
 $(AFTER_TRAINING:%=$(PAPER_STAMPS)/%): $(PAPER_STAMPS)/02_training
-
-# Kernels that start in one instant may choose one port.
-$(STAMPS)/04_ablation: | moment
-moment:
-	@sleep 3
 
 # The executed notebook, cleaned, replaces its source, which is then newer than the stamp was: hence the last line.
 $(NOTEBOOKS:%=$(STAMPS)/%): $(STAMPS)/%: notebooks/%.ipynb | $(ENV)
