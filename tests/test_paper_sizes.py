@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from mscke.evaluation import paper_sizes as module
 from mscke.evaluation.cost import flops
-from mscke.report import paper_sizes as module
-from mscke.report.paper_sizes import OPT_2_7B, paper_seconds, paper_sizes
+from mscke.evaluation.paper_sizes import OPT_2_7B, paper_seconds, paper_sizes
 
 
 def test_counts_are_two_flops_a_weight_and_token():
