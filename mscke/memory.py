@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mscke.benchmark.sample import Edit, Query
-from mscke.search import Codes, nearest
+from mscke.search import Codes, nearest, squared_lengths
 from mscke.store import Change, EditStore
 
 EXACT = 100_000  # edits that every search reads in full precision; among more it looks at codes first
@@ -169,7 +169,7 @@ class EditMemory:
             self._codes.add(z)
         elif total > EXACT:
             self._codes = Codes(self._matrix)
-        self._norms = torch.cat([self._norms, z.square().sum(-1)])
+        self._norms = torch.cat([self._norms, squared_lengths(z)])
         self._here = torch.cat([self._here, torch.zeros(len(edits), dtype=torch.bool)])
 
     @torch.inference_mode(False)
@@ -178,7 +178,7 @@ class EditMemory:
         self._edits, self._log, self._standing = list(edits), [], []
         self._room = self._matrix = embeddings.contiguous()
         self._codes = Codes(self._matrix) if len(edits) > EXACT else None
-        self._norms, self._here = self._matrix.square().sum(1), torch.zeros(len(edits), dtype=torch.bool)
+        self._norms, self._here = squared_lengths(self._matrix), torch.zeros(len(edits), dtype=torch.bool)
         for entry in log:
             self._apply(entry)
         self._look()

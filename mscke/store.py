@@ -96,7 +96,8 @@ class EditStore:
             )
         n, none = len(change.ids), [None] * len(change.ids)
         texts = [[getattr(e, name) for e in edits] or none for name in ("image", "prompt", "answer")]
-        pictures = [_picture(e.image) for e in edits] or none
+        picture = {image: _picture(image) for image in dict.fromkeys(e.image for e in edits)}
+        pictures = [picture[e.image] for e in edits] or none
         rows = none if embeddings is None else _vectors(embeddings)
         version, kind, time = [change.version] * n, [change.change] * n, [change.time] * n
         columns = [version, kind, change.ids, time, texts[0], pictures, *texts[1:], rows]
@@ -111,8 +112,7 @@ class EditStore:
         rows = _sorted(self._table.search().select(names).limit(None).to_arrow(), "version")
         adds = pa.compute.equal(rows["change"], "add")
         added = _sorted(rows if pa.compute.all(adds).as_py() else rows.filter(adds), "id")
-        texts = (added[name].to_pylist() for name in ("image", "prompt", "answer"))
-        edits = [Edit(*fields) for fields in zip(*texts, strict=True)]
+        edits = list(map(Edit, *(added[name].to_pylist() for name in ("image", "prompt", "answer"))))
         flat = added["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return self._with_images(edits), torch.tensor(flat).view(-1, self.dim), _changes(rows)
 

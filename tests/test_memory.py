@@ -212,7 +212,8 @@ def test_a_single_query_is_searched_as_many_are(n):
 def test_codes_find_what_exact_search_finds(monkeypatch):
     """Whether they are there from the start or since the memory outgrew exact search; lengths count."""
     monkeypatch.setattr(memories, "EXACT", 1000)
-    monkeypatch.setattr(search, "CANDIDATES", 60)
+    monkeypatch.setattr(search, "CANDIDATES", 200)
+    monkeypatch.setattr(search, "BLOCK", 8)
     rng = torch.Generator().manual_seed(0)
     z = torch.randn(3001, 128, generator=rng) * torch.linspace(2, 0.1, 128)
     z *= 0.5 + torch.rand(3001, 1, generator=rng)
@@ -236,3 +237,20 @@ def test_codes_find_what_exact_search_finds(monkeypatch):
         assert torch.equal(memory.nearest(queries, 3)[1], ids)
         memory.remove(range(3, 3001))  # fewer are left than are compared
         assert set(memory.nearest(queries[:1], 5)[1][0].tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("k", [1, 7, 60, 400])
+def test_codes_find_as_many_as_are_asked_for(monkeypatch, k):
+    """Though a sample only says how near the nearest blocks and edits are; and the whole memory, if it is asked for."""
+    monkeypatch.setattr(search, "CANDIDATES", 16)
+    z = torch.randn(403, 32, generator=torch.Generator().manual_seed(k))
+    codes = search.Codes(z)
+    codes.look(search.squared_lengths(z))
+    for query in z[:5]:
+        found = codes.nearest(query, k, z)
+        assert len(found) == k == len(found.unique())
+        assert (
+            (z[found] - query).norm(dim=1).diff().min() >= -1e-5
+            if k > 1
+            else found == z.tolist().index(query.tolist())
+        )
