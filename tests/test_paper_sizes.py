@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from mscke.evaluation import paper_sizes as module
 from mscke.evaluation.cost import flops
@@ -47,3 +48,22 @@ def test_seconds_are_extended_by_the_layers_left_out(monkeypatch):
     )
     (row,) = paper_seconds().to_dict("records")
     assert (row["seconds"], row["lo"], row["hi"]) == (3.5, 2.0, 5.0)  # 1 + 8 · 0.5 and 2 + 8 · 0
+
+
+def test_whole_models_are_timed_on_what_is_counted(monkeypatch):
+    """Work instead of time, and shapes instead of the fifteen gigabytes."""
+    counted = {}
+
+    def count(ways, repeats):
+        counted.update({name: flops(run) for name, run in ways.items()})
+        return {name: np.array([1.0, 3.0, 2.0]) * work for name, work in counted.items()}
+
+    monkeypatch.setattr(module, "in_turns", count)
+    monkeypatch.setattr(module, "_constant", lambda model: model.requires_grad_(False))
+    monkeypatch.setattr(torch.nn.Module, "to_empty", lambda self, device: self)
+    table = module.whole_seconds(side=224)
+    whole = paper_sizes(side=224)
+    assert counted["base model"] / 1e9 == whole.gflops["base model"]
+    assert counted["classifier"] / 1e9 == pytest.approx(whole.gflops["grounded"])
+    assert table.share["classifier"] == pytest.approx(whole.share["grounded"])
+    assert (table.seconds == 2 * table.lo).all() and (table.hi == 3 * table.lo).all()

@@ -2,6 +2,8 @@
 
 CLIP ViT-L/14 is open_clip's own definition. BLIP-2 OPT-2.7B is transformers' default vision tower (ViT-g) and
 Q-Former with a text model of OPT's published shape (Zhang et al., arXiv:2205.01068, Tab. 1).
+
+``python -m mscke.evaluation.paper_sizes`` prints both, and times the models whole, which takes 18 GB of memory.
 """
 
 from __future__ import annotations
@@ -35,25 +37,64 @@ def paper_sizes(
     classifier. ``tokens``: of the question and its answer; ``side``: of the base model's image, in pixels.
     """
     with torch.device("meta"):
-        clip = open_clip.CLIP(**open_clip.get_model_config("ViT-L-14"))
-        image, text = torch.empty(1, 3, 224, 224), torch.zeros(1, clip.context_length, dtype=torch.long)
-        vision = hf.Blip2VisionConfig(image_size=side)
-        parts = {"vision_config": vision, "qformer_config": hf.Blip2QFormerConfig()}
-        config = hf.Blip2Config(**parts, text_config=hf.OPTConfig(**OPT_2_7B))
-        base = hf.Blip2ForConditionalGeneration(config)
-        picture, words = torch.empty(1, 3, side, side), config.num_query_tokens + tokens
-
-        def answer() -> None:
-            seen = base.vision_model(pixel_values=picture).last_hidden_state
-            base.qformer(query_embeds=base.query_tokens, encoder_hidden_states=seen)
-            base.language_model(inputs_embeds=torch.empty(1, words, OPT_2_7B["hidden_size"]))
-
-        towers = _gflops(lambda: (clip.encode_image(image), clip.encode_text(text)))
-        found = {"base model": _gflops(answer)}
+        clip, base = _clip(), _blip2(side)
+        found = {"base model": _gflops(_answer(base, tokens, side))}
+        towers = _gflops(_encode(clip))
     for fusion in fusions:
         found[fusion] = towers + _gflops(_head(clip, fusion))
     table = pd.DataFrame({"gflops": found}).rename_axis("part")
     return table.assign(share=table["gflops"] / table["gflops"]["base model"])
+
+
+def _clip() -> open_clip.CLIP:
+    return open_clip.CLIP(**open_clip.get_model_config("ViT-L-14"))
+
+
+def _blip2(side: int) -> hf.Blip2ForConditionalGeneration:
+    parts = {
+        "vision_config": hf.Blip2VisionConfig(image_size=side),
+        "qformer_config": hf.Blip2QFormerConfig(),
+    }
+    return hf.Blip2ForConditionalGeneration(hf.Blip2Config(**parts, text_config=hf.OPTConfig(**OPT_2_7B)))
+
+
+def _encode(clip: open_clip.CLIP) -> Callable:
+    image = torch.zeros(1, 3, 224, 224, device=clip.text_projection.device)
+    text = torch.zeros(1, clip.context_length, dtype=torch.long, device=image.device)
+    return lambda: (clip.encode_image(image), clip.encode_text(text))
+
+
+def _answer(base: hf.Blip2ForConditionalGeneration, tokens: int, side: int) -> Callable:
+    """One query through the base model: its image, and a prompt of ``tokens`` beside the visual ones."""
+    words = base.config.num_query_tokens + tokens
+    picture = torch.zeros(1, 3, side, side, device=base.device)
+    prompt = torch.zeros(1, words, OPT_2_7B["hidden_size"], device=base.device)
+
+    def answer() -> None:
+        seen = base.vision_model(pixel_values=picture).last_hidden_state
+        base.qformer(query_embeds=base.query_tokens, encoder_hidden_states=seen)
+        base.language_model(inputs_embeds=prompt)
+
+    return answer
+
+
+@torch.inference_mode()
+def whole_seconds(
+    fusion: str = "grounded", repeats: int = 5, tokens: int = 20, side: int = 364
+) -> pd.DataFrame:
+    """Seconds of one query on this processor, float32, through the whole models, of constant weights, in turns.
+
+    Rows base model and classifier (CLIP's towers and the head of ``fusion``); columns seconds (median), lo, hi
+    (least and greatest round), and share: of the base model's, round by round.
+    """
+    with torch.device("meta"):
+        models = _blip2(side), _clip()
+    base, clip = (_constant(model.to_empty(device="cpu")) for model in models)
+    encode, head = _encode(clip), _head(clip, fusion)
+    ways = {"base model": _answer(base, tokens, side), "classifier": lambda: (encode(), head())}
+    taken = pd.DataFrame(in_turns(ways, repeats))
+    columns = {"seconds": taken.median(), "lo": taken.min(), "hi": taken.max()}
+    return pd.DataFrame(columns).assign(share=taken.div(taken["base model"], axis=0).median())
 
 
 def _head(clip, fusion: str) -> Callable:
@@ -145,3 +186,8 @@ def _constant(model: torch.nn.Module) -> torch.nn.Module:
     for tensor in model.parameters():
         tensor.fill_(0.01)
     return model.eval()
+
+
+if __name__ == "__main__":
+    for table in (paper_sizes(), paper_seconds(), whole_seconds()):
+        print(table.round(3).to_string(), end="\n\n")
