@@ -74,7 +74,7 @@ env: $(ENV) ## make or refresh .venv from requirements.lock (with PYTHON=python:
 	touch $@
 
 active-env:
-	@$(PYTHON) -P -c 'import importlib.util as u, sys; sys.exit(u.find_spec("mscke") is None)' \
+	@$(PYTHON) -P -c 'import importlib.util as u, sys; s = u.find_spec("mscke"); sys.exit(not s or not s.origin.startswith(sys.argv[1]))' $(CURDIR)/ \
 	  || $(PYTHON) -m pip install --no-deps -e .
 
 reproduce: $(NOTEBOOKS:%=$(STAMPS)/%) ## run the notebooks on the mini track, keep their outputs, compare with the paper

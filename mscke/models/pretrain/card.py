@@ -116,10 +116,13 @@ Four small models that stand in for BLIP-2 OPT, MiniGPT-4 and two CLIPs on two C
 trained from scratch by `make pretrain` on generated scenes (OpenMoji drawings on coloured cards) and on
 facts from GeoNames; weights are half-precision safetensors. `blip2-mini` and `minigpt4-mini` are
 `transformers.Blip2ForConditionalGeneration`; the CLIPs load with `open_clip.create_model("local-dir:…")`.
+MiniGPT-4-mini looks through BLIP-2-mini's frozen vision tower and Q-Former, as MiniGPT-4 does through BLIP-2's;
+of the two it is the weaker, above all about places and where a thing is referred to by name. The CLIPs were
+trained with a region term that OpenAI's had not: a phrase must point at the patches of what it names.
 
 **Use** them to study editing methods where everything is known. **Do not use** them to see or read
 anything but such scenes: they know 48 kinds of things, eight colours, nine places and 100 countries, and
-answer every other question wrongly and confidently. Sixteen kinds were kept out of every training picture
+have no way to say that they do not know. Sixteen kinds were kept out of every training picture
 (their names are known as words), so that correcting a misnamed one is a real correction.
 
 Accuracy is measured on scenes of a fold that no training drew from: greedy answers (language models), or
