@@ -365,6 +365,25 @@ def test_verify_reports_a_number_that_is_gone(repository):
     assert verify.verify(repository) == 1
 
 
+def test_verify_names_the_tables_that_are_not_as_committed(repository, capsys):
+    folder = repository / "figures" / "tables"
+    for name in ("transfer", "cost"):
+        (folder / f"{name}.csv").write_text("ms\n1\n")
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "more tables")
+    assert verify.other_tables(repository).startswith("2 of 2 tables") and verify.verify(repository) == 0
+    for name in (
+        "transfer",
+        "cost",
+        "new",
+    ):  # timings differ, and what was never committed is no table of ours
+        (folder / f"{name}.csv").write_text("ms\n2\n")
+    assert verify.other_tables(repository).endswith(
+        "1 of 2 tables without timings are byte for byte as committed; not transfer."
+    )
+    assert verify.verify(repository) == 0 and "not transfer." in capsys.readouterr().out
+
+
 def test_verify_says_what_it_lacks(repository, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert verify.verify(repository) == 0
