@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -20,8 +23,18 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """``write`` to a temporary file that then takes ``path``'s place: nothing is ever half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: two may write the same
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, say: leave nothing on it
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def code_of(*modules: str) -> str:
+    """Eight hex digits that name what these modules of ours do: comments and layout do not count."""
+    trees = (ast.dump(ast.parse(Path(import_module(m).__file__).read_bytes())) for m in modules)
+    return hashlib.sha256("".join(trees).encode()).hexdigest()[:8]
 
 
 def read(folder: Path, made_of: dict) -> dict:

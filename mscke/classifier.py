@@ -11,6 +11,7 @@ two embeddings gives ρ ∈ (0, 1). One embedding an (image, text) pair, so a me
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -133,6 +134,8 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
     @torch.inference_mode()
     def embed(self, queries: Sequence[Query], answers: Sequence[str] | None = None) -> Tensor:
         """z (B, width) of queries, or of edits when their ``answers`` are given."""
+        if not queries:
+            return torch.empty(0, self.dim)
         return self.embed_features(self.encoder(queries, answers))
 
     @torch.inference_mode()
@@ -152,5 +155,7 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
         return logit.clamp(-80, 15).sigmoid().cpu()  # beyond, float32 knows only 0 and 1
 
     def fingerprint(self) -> str:
-        """Identifies the trained weights: a memory written by one classifier is not read by another."""
-        return fingerprint(self)
+        """Identifies what embeds, the frozen encoder included: a memory of one classifier is not read by another."""
+        kinds = (type(part).__name__ for part in (self, self.encoder))
+        made = (*kinds, self.fusion, self.kind, fingerprint(self), fingerprint(self.encoder.model))
+        return hashlib.sha256(repr(made).encode()).hexdigest()[:16]

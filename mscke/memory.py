@@ -15,14 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mscke.benchmark.sample import Edit, Query
-from mscke.search import Codes, nearest, squared_lengths
+from mscke.search import Index
 from mscke.store import Change, EditStore
-
-EXACT = 100_000  # edits that every search reads in full precision; among more it looks at codes first
 
 
 class EditMemory:
@@ -47,8 +44,12 @@ class EditMemory:
         opened it. Raises ValueError if another classifier than ``fingerprint`` wrote it.
         """
         store = EditStore(path, dim, fingerprint, read_only)
-        memory = cls(store.dim, store.fingerprint)
-        memory._recall(*store.read())
+        try:
+            memory = cls(store.dim, store.fingerprint)
+            memory._recall(*store.read())
+        except BaseException:
+            store.close()
+            raise
         memory._store = store
         return memory
 
@@ -58,7 +59,7 @@ class EditMemory:
             self._store.close()
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._index.ids)
 
     def __getitem__(self, edit_id: int) -> Edit:
         self._require([edit_id])
@@ -66,18 +67,18 @@ class EditMemory:
 
     def _require(self, ids: Iterable[int]) -> None:
         """Raise KeyError, with their numbers, for ids that are not in memory."""
-        if missing := [i for i in set(ids) if not 0 <= i < len(self._edits) or not self._here[i]]:
+        if missing := [i for i in set(ids) if not 0 <= i < len(self._edits) or not self._index.here[i]]:
             raise KeyError(f"no edit with id {sorted(missing)} in memory")
 
     @property
     def ids(self) -> Tensor:
         """(N,) long, ascending."""
-        return self._ids
+        return self._index.ids
 
     @property
     def embeddings(self) -> Tensor:
         """(N, dim) float32, in the order of :attr:`ids`."""
-        return self._matrix[self._ids]
+        return self._index.matrix[self._index.ids]
 
     def add(self, edits: Sequence[Edit], embeddings: Tensor) -> list[int]:
         """Store edits with their embeddings (N, dim); returns their ids.
@@ -89,15 +90,16 @@ class EditMemory:
                 f"{len(edits)} edits need embeddings of shape ({len(edits)}, {self.dim}), "
                 f"got {tuple(embeddings.shape)}: embed them with the classifier of this memory"
             )
-        if bad := (~embeddings.isfinite()).any(1).nonzero().flatten().tolist():
+        z = embeddings.detach().to("cpu", torch.float32)
+        if bad := (~z.square().sum(-1).isfinite()).nonzero().flatten().tolist():
             raise ValueError(f"the embeddings of edits {bad[:5]} are not finite; nothing was stored")
         ids = range(len(self._edits), len(self._edits) + len(edits))
-        self._commit("add", ids, edits, embeddings.detach().to("cpu", torch.float32))
+        self._commit("add", ids, edits, z)
         return list(ids)
 
     def remove(self, ids: Iterable[int]) -> None:
         """Forget edits. Raises KeyError for an id that is not there; nothing is removed then."""
-        self._require(gone := sorted(set(ids)))
+        self._require(gone := sorted({int(i) for i in ids}))
         self._commit("remove", gone)
 
     def undo(self) -> None:
@@ -116,31 +118,33 @@ class EditMemory:
             raise ValueError(f"no version {version}: this memory has versions 0 to {len(self._log)}")
         log, past = self._log[:version], EditMemory(self.dim, self.fingerprint)
         n = sum(len(c.ids) for c in log if c.change == "add")
-        past._recall(self._edits[:n], self._matrix[:n], log)
+        past._recall(self._edits[:n], self._index.matrix[:n], log)
         return past
 
     def distances(self, embeddings: Tensor, among: Tensor) -> Tensor:
         """Squared distance (B,) of each query to the one edit ``among`` names for it (KeyError if none)."""
         self._require(among.tolist())
-        return (embeddings - self._matrix[among]).square().sum(-1)
+        return (embeddings - self._index.matrix[among]).square().sum(-1)
 
     def nearest(self, embeddings: Tensor, k: int = 1, exact: bool = False) -> tuple[Tensor, Tensor]:
         """The k nearest edits of each query: (squared distances, ids), both (B, min(k, N)).
 
-        Found exactly up to :data:`EXACT` edits, beyond them by their codes unless ``exact`` is asked for.
+        Found exactly up to :data:`mscke.search.EXACT` edits, beyond them by their codes unless ``exact`` is asked for.
+        Raises ValueError for a query that is not finite.
         """
-        k = min(k, len(self))
-        if self._codes is None or exact:
-            ids = nearest(embeddings, k, self._matrix, self._squares)
-        else:
-            ids = torch.stack([self._codes.nearest(z, k, self._matrix) for z in embeddings])
-        return (embeddings.unsqueeze(1) - self._matrix[ids]).square().sum(-1), ids
+        return self._index.nearest(embeddings, k, exact)
 
     def embed_again(self, classifier, path: str | Path) -> EditMemory:
-        """These edits under another classifier, in a new memory at ``path``; ids count from 0 again."""
-        edits = [self._edits[i] for i in self._ids.tolist()]
+        """These edits under another classifier, in a new memory at ``path``; ids count from 0 again.
+
+        Raises FileExistsError if something was written there before.
+        """
+        edits = [self._edits[i] for i in self.ids.tolist()]
         prompts = [Query(e.prompt, e.image) for e in edits]
         memory = EditMemory.open(path, classifier.fingerprint(), classifier.dim)
+        if memory.log():
+            memory.close()
+            raise FileExistsError(f"there is a memory at {path} already; give a path where there is none")
         memory.add(edits, classifier.embed(prompts, [e.answer for e in edits]))
         return memory
 
@@ -151,37 +155,29 @@ class EditMemory:
             return
         entry = Change(len(self._log) + 1, change, tuple(ids), datetime.now(UTC))
         if self._store:
-            self._store.append(entry, edits, z)
+            self._write(entry, edits, z)
         if z is not None:
-            self._extend(edits, z)
+            self._index.add(z)
+            self._edits += edits
         self._apply(entry)
-        self._look()
+        self._index.look()
 
-    def _extend(self, edits: Sequence[Edit], z: Tensor) -> None:
-        """Give new edits a place. The matrix grows by doubling: an edit added is not all edits copied."""
-        n, total = len(self._edits), len(self._edits) + len(edits)
-        if total > len(self._room):
-            self._room = F.pad(self._matrix, (0, 0, 0, max(n, total - n)))
-        self._room[n:total] = z
-        self._edits += edits
-        self._matrix = self._room[:total]
-        if self._codes:
-            self._codes.add(z)
-        elif total > EXACT:
-            self._codes = Codes(self._matrix)
-        self._norms = torch.cat([self._norms, squared_lengths(z)])
-        self._here = torch.cat([self._here, torch.zeros(len(edits), dtype=torch.bool)])
+    def _write(self, entry: Change, edits: Sequence[Edit], z: Tensor | None) -> None:
+        """Append to the disk; interrupted, become what is there: the change may have been committed."""
+        try:
+            self._store.append(entry, edits, z)
+        except BaseException:
+            self._recall(*self._store.read())
+            raise
 
     @torch.inference_mode(False)
     def _recall(self, edits: Sequence[Edit], embeddings: Tensor, log: Sequence[Change]) -> None:
         """Become what ``log`` makes of the edits (N) ever added and their embeddings (N, dim)."""
         self._edits, self._log, self._standing = list(edits), [], []
-        self._room = self._matrix = embeddings.contiguous()
-        self._codes = Codes(self._matrix) if len(edits) > EXACT else None
-        self._norms, self._here = squared_lengths(self._matrix), torch.zeros(len(edits), dtype=torch.bool)
+        self._index = Index(embeddings)
         for entry in log:
             self._apply(entry)
-        self._look()
+        self._index.look()
 
     def _apply(self, entry: Change) -> None:
         """Enter a change into the log; an undo takes the last one that stands off again."""
@@ -189,11 +185,4 @@ class EditMemory:
         undone = self._standing.pop() if entry.change == "undo" else None
         if not undone:
             self._standing.append(entry)
-        self._here[list(entry.ids)] = undone.change == "remove" if undone else entry.change == "add"
-
-    def _look(self) -> None:
-        """Keep what a lookup needs: the ids in memory, and ‖z_e‖² of every place, infinite where none is."""
-        self._ids = self._here.nonzero().flatten()
-        self._squares = torch.where(self._here, self._norms, torch.inf)
-        if self._codes:
-            self._codes.look(self._squares)
+        self._index.here[list(entry.ids)] = undone.change == "remove" if undone else entry.change == "add"

@@ -26,9 +26,17 @@ class Route:
 
 
 class ScopeRouter:
-    """Sends each query to an edit in memory or to none. The rule stands here and nowhere else."""
+    """Sends each query to an edit in memory or to none. The rule stands here and nowhere else.
+
+    Raises ValueError if the memory says that another classifier wrote it.
+    """
 
     def __init__(self, classifier, memory: EditMemory, threshold: float = 0.5):
+        if memory.fingerprint and memory.fingerprint != (mine := classifier.fingerprint()):
+            raise ValueError(
+                f"the memory was written by classifier {memory.fingerprint}, not {mine}: embed its edits again "
+                "with memory.embed_again(classifier, path)"
+            )
         self.classifier, self.memory, self.threshold = classifier, memory, threshold
 
     def route(self, queries: Sequence[Query], among: Tensor | None = None) -> Route:

@@ -7,12 +7,14 @@ so that they take for the nearest are then compared in full precision.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+EXACT = 100_000  # embeddings of which every search reads all in full precision; among more it looks at codes first
 AXES = 64  # that are coded, of the embeddings' 256: integer products are quick in multiples of 64
-SAMPLE = 100_000  # embeddings, at most, that the axes are taken from
 BLOCK = 32  # codes that are ranked together at first, by what the best can be: a million take longer than to score
-CANDIDATES = 1200  # about so many blocks are looked into, and so many edits compared in full precision
+CANDIDATES = 1500  # about so many blocks are looked into, and so many edits compared in full precision
+STRIDE = 7  # one in so many is looked at to learn how near the nearest are: no divisor of a block
 AT_ONCE = 512  # queries: their products with the matrix stay in the processor's cache
 PIECES = 8  # of the product with a single query, so that all threads read
 
@@ -39,15 +41,65 @@ def _some(queries: Tensor, k: int, matrix: Tensor, squares: Tensor) -> Tensor:
 
 
 def squared_lengths(embeddings: Tensor) -> Tensor:
-    """(N,) of embeddings (N, dim)."""
+    """‖z‖² (N,) of embeddings (N, dim)."""
     return torch.cat([part.square().sum(-1) for part in embeddings.split(AT_ONCE)])  # they stay in the cache
 
 
-class Codes:
-    """Codes (N, AXES) int8 of embeddings (N, dim) float32, on axes that stay those of the first ones."""
+class Index:
+    """Embeddings (N, dim) float32 at fixed places, of which some are ``here``, and the search for the nearest of these.
+
+    ``here`` (N,) bool may be set; :meth:`look` then takes note of it, and of what was added. ``ids``: their places.
+    """
 
     def __init__(self, embeddings: Tensor):
-        some = embeddings[:: -(-len(embeddings) // SAMPLE)]
+        self._room = self.matrix = embeddings.contiguous()
+        self._norms, self.here = squared_lengths(embeddings), torch.zeros(len(embeddings), dtype=torch.bool)
+        self._codes = Codes(self.matrix, EXACT) if len(embeddings) > EXACT else None
+        self.look()
+
+    def add(self, embeddings: Tensor) -> None:
+        """Give new ones (M, dim) their places. The matrix grows by doubling: it is not copied for each."""
+        n, total = len(self.matrix), len(self.matrix) + len(embeddings)
+        if total > len(self._room):
+            self._room = F.pad(self.matrix, (0, 0, 0, max(n, total - n)))
+        self._room[n:total] = embeddings
+        self.matrix = self._room[:total]
+        if self._codes:
+            self._codes.add(embeddings)
+        elif total > EXACT:
+            self._codes = Codes(self.matrix, EXACT)
+        self._norms = torch.cat([self._norms, squared_lengths(embeddings)])
+        self.here = torch.cat([self.here, torch.zeros(len(embeddings), dtype=torch.bool)])
+
+    def look(self) -> None:
+        """Search from now on what is here: elsewhere a squared length is infinite."""
+        self.ids = self.here.nonzero().flatten()
+        self._squares = torch.where(self.here, self._norms, torch.inf)
+        if self._codes:
+            self._codes.look(self._squares)
+
+    def nearest(self, queries: Tensor, k: int, exact: bool) -> tuple[Tensor, Tensor]:
+        """(squared distances, places), both (B, min(k, how many are here)), of those nearest to queries (B, dim)."""
+        if not queries.isfinite().all():
+            raise ValueError(
+                "a query's embedding is not finite: has its classifier been trained, and read whole?"
+            )
+        k = min(k, len(self.ids))
+        if exact or len(self.ids) <= EXACT or not len(queries):
+            places = nearest(queries, k, self.matrix, self._squares)
+        else:
+            places = torch.stack([self._codes.nearest(query, k, self.matrix) for query in queries])
+        return (queries.unsqueeze(1) - self.matrix[places]).square().sum(-1), places
+
+
+class Codes:
+    """Codes (N, AXES) int8 of embeddings (N, dim) float32, on the principal axes of the first ``some`` of them.
+
+    These are the same however many have come since, so that a memory opened again finds what it found before.
+    """
+
+    def __init__(self, embeddings: Tensor, some: int):
+        some = embeddings[:some]
         self.axes = torch.linalg.eigh(some.T @ some)[1][:, -AXES:]  # (dim, AXES), not centred: lengths count
         self.step = (some @ self.axes).abs().max().clamp(min=1e-12) / 127
         self.codes = _eight_bits(embeddings @ self.axes, self.step)
@@ -58,7 +110,7 @@ class Codes:
 
     def look(self, squares: Tensor) -> None:
         """Search by these squared lengths (N,) from now on: infinite where an embedding is not to be found."""
-        whole = len(squares) // BLOCK * BLOCK  # the rest fills no block
+        whole = len(squares) // BLOCK * BLOCK
         self.squares, self.by_block = squares, squares[:whole].view(-1, BLOCK)
         self.least = self.by_block.amin(1)
 
@@ -68,17 +120,18 @@ class Codes:
         ``matrix`` (N, dim) float32: the embeddings.
         """
         coordinates, whole = query @ self.axes, len(self.least) * BLOCK
-        n = max(8 * k, CANDIDATES)  # of a sample of one in eight at least k
+        n = max(STRIDE * k, CANDIDATES)  # of the sample at least k
         step = coordinates.abs().max().clamp(min=1e-12) / 127
         product = torch._int_mm(_eight_bits(coordinates.unsqueeze(0), step), self.codes.T)[0]
         products, scale = product[:whole].view(-1, BLOCK), -2 * float(self.step * step)
-        # ‖z − q‖² − ‖q‖², estimated: at best in each block, then of all in the best blocks and of the rest
-        blocks = _least(torch.add(self.least, products.amax(1), alpha=scale), n, sample=8)
-        some = torch.add(self.by_block[blocks], products[blocks], alpha=scale).flatten()
-        rest = torch.add(self.squares[whole:], product[whole:], alpha=scale)
-        places = (blocks.unsqueeze(1) * BLOCK + torch.arange(BLOCK)).flatten()
-        places = torch.cat([places, torch.arange(whole, len(product))])
-        places = places[_least(torch.cat([some, rest]), n, sample=8)]
+        # ‖z − q‖² − ‖q‖², estimated: at best in each block, then of all in the best blocks
+        blocks = _least(torch.add(self.least, products.amax(1), alpha=scale), n)
+        squares, products = (each.index_select(0, blocks) for each in (self.by_block, products))
+        best = _least(torch.add(squares, products, alpha=scale).flatten(), n)
+        places = blocks[best // BLOCK] * BLOCK + best % BLOCK
+        places = torch.cat(
+            [places, torch.arange(whole, len(product))]
+        )  # the last fill no block: all are compared
         squared = torch.addmv(self.squares[places], matrix.index_select(0, places), query, alpha=-2)
         return places[squared.topk(k, largest=False)[1]]
 
@@ -87,8 +140,8 @@ def _eight_bits(coordinates: Tensor, step: Tensor) -> Tensor:
     return (coordinates / step).round_().clamp_(-127, 127).to(torch.int8)
 
 
-def _least(values: Tensor, n: int, sample: int = 1) -> Tensor:
-    """Places, ascending, of about the n least of values (N,): all up to the value that one in ``sample`` puts there."""
+def _least(values: Tensor, n: int) -> Tensor:
+    """Places, ascending, of about the n least of values (N,): all up to the value that a sample puts there."""
     if n >= len(values):
         return torch.arange(len(values))
-    return (values <= values[::sample].kthvalue(-(-n // sample))[0]).nonzero().flatten()
+    return (values <= values[::STRIDE].kthvalue(-(-n // STRIDE))[0]).nonzero().flatten()

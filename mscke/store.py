@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -22,9 +23,11 @@ import torch
 from torch import Tensor
 
 from mscke.benchmark.sample import Edit
+from mscke.models.decoding import in_batches
 
 TABLE, LOCK, PICTURES = "edits", "writer.lock", "pictures"
 FRAGMENTS = 256  # appends after which the small files are put together, for each append lists them all
+AT_ONCE = 1000  # lost pictures that are looked for together
 KEEP = timedelta(hours=1)  # that a reader has before files nobody newly opened needs are deleted
 
 
@@ -56,43 +59,49 @@ class EditStore:
         Raises FileNotFoundError without a table to open, BlockingIOError while another writes, ValueError
         if another width or another classifier than ``fingerprint`` was given.
         """
-        import lancedb  # a second to import, and few need a table
-
         self.path, self._lock = Path(path), None
         if not read_only and (dim is not None or self.path.is_dir()):
             self._lock = _lock(self.path)
-        database = lancedb.connect(self.path) if self.path.is_dir() else None
-        if database and TABLE in database.list_tables().tables:
-            self._table = database.open_table(TABLE)
-        elif self._lock and dim is not None:
-            self._table = database.create_table(TABLE, schema=table_schema(dim, fingerprint or ""))
-        else:
+        try:
+            self._table = self._open(dim, fingerprint)
+            self.dim = self._table.schema.field("embedding").type.list_size
+            self.fingerprint = self._table.schema.metadata[b"classifier"].decode()
+            self._check(dim, fingerprint)
+        except BaseException:
             self.close()
-            raise FileNotFoundError(f"no memory at {path}; to begin one, open it for writing and give dim=")
-        self.dim = self._table.schema.field("embedding").type.list_size
-        self.fingerprint = self._table.schema.metadata[b"classifier"].decode()
-        self._appends = 0
-        self._check(dim, fingerprint)
+            raise
+        self._appends = len(list((self.path / f"{TABLE}.lance" / "data").glob("*")))
+
+    def _open(self, dim: int | None, fingerprint: str | None):
+        import lancedb  # a second to import, and few need a table
+
+        if any(self.path.glob(f"{TABLE}.lance/_versions/*.manifest")):
+            return lancedb.connect(self.path).open_table(TABLE)
+        if not self._lock or dim is None:
+            raise FileNotFoundError(
+                f"no memory at {self.path}; to begin one, open it for writing and give dim="
+            )
+        # who was killed while making one may have left a table without a version, which cannot be opened
+        schema = table_schema(dim, fingerprint or "")
+        return lancedb.connect(self.path).create_table(TABLE, schema=schema, mode="overwrite")
 
     def _check(self, dim: int | None, fingerprint: str | None) -> None:
         if fingerprint is not None and fingerprint != self.fingerprint:
-            self.close()
             raise ValueError(
                 f"{self.path} was written by classifier {self.fingerprint}, not {fingerprint}: embed its edits "
                 f"again with EditMemory.open({str(self.path)!r}).embed_again(classifier, another_path)"
             )
         if dim is not None and dim != self.dim:
-            self.close()
             raise ValueError(f"{self.path} holds embeddings of width {self.dim}, not {dim}; leave dim out")
 
     def append(self, change: Change, edits: Sequence[Edit], embeddings: Tensor | None) -> None:
-        """Commit one change; when this returns it outlives the process.
+        """Commit one change; when this returns it outlives the process. If it raises, :meth:`read` says if it is there.
 
         Raises PermissionError when opened for reading, FileNotFoundError for an edit without its image.
         """
         if self._lock is None:
             raise PermissionError(
-                f"{self.path} was opened for reading; open it without read_only to change it"
+                f"{self.path} was opened for reading or is closed; open it without read_only to change it"
             )
         n, none = len(change.ids), [None] * len(change.ids)
         texts = [[getattr(e, name) for e in edits] or none for name in ("image", "prompt", "answer")]
@@ -104,31 +113,50 @@ class EditStore:
         self._table.add(pa.table(columns, schema=self._table.schema))
         self._appends += 1
         if self._appends % FRAGMENTS == 0:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        try:
             self._table.optimize(cleanup_older_than=KEEP)
+        except Exception as error:  # the change is committed, whatever becomes of this
+            warnings.warn(f"{self.path}: its small files could not be put together ({error})", stacklevel=3)
 
     def read(self) -> tuple[list[Edit], Tensor, list[Change]]:
-        """All that was ever added, by id, its embeddings (N, dim) float32, and the changes in order."""
+        """All that was ever added, by id, its embeddings (N, dim) float32, and the changes in order.
+
+        Raises ValueError if ids or versions do not count up from their first: the table is damaged then.
+        """
         names = [name for name in self._table.schema.names if name != "picture"]
         rows = _sorted(self._table.search().select(names).limit(None).to_arrow(), "version")
         adds = pa.compute.equal(rows["change"], "add")
         added = _sorted(rows if pa.compute.all(adds).as_py() else rows.filter(adds), "id")
+        changes = _changes(rows)
+        if not _counts_up(added["id"], 0) or not _counts_up([c.version for c in changes], 1):
+            raise ValueError(
+                f"{self.path} is damaged: its ids or versions repeat or leave some out; use a copy of it"
+            )
         edits = list(map(Edit, *(added[name].to_pylist() for name in ("image", "prompt", "answer"))))
         flat = added["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return self._with_images(edits), torch.tensor(flat).view(-1, self.dim), _changes(rows)
+        return self._with_images(edits), torch.tensor(flat).view(-1, self.dim), changes
 
     def _with_images(self, edits: list[Edit]) -> list[Edit]:
         """The edits; where an image is no longer at its path, it is written out from the table."""
-        gone = {image for image in {e.image for e in edits} if not os.path.exists(image)}
-        for image in gone:
-            i = next(i for i, e in enumerate(edits) if e.image == image)
-            row = self._table.search().where(f"id = {i} AND change = 'add'").select(["picture"]).to_arrow()
-            found = str(_write_picture(self.path / PICTURES, row["picture"][0].as_py(), Path(image).suffix))
-            edits = [replace(e, image=found) if e.image == image else e for e in edits]
-        return edits
+        first = {e.image: i for i, e in reversed(list(enumerate(edits)))}  # the first edit on each image
+        gone = {i: image for image, i in first.items() if not os.path.exists(image)}
+        found = {}
+        for some in in_batches(len(gone), AT_ONCE):
+            ids = ", ".join(map(str, list(gone)[some]))
+            rows = self._table.search().where(f"id IN ({ids}) AND change = 'add'").select(["id", "picture"])
+            for row in rows.limit(None).to_arrow().to_pylist():
+                image = gone[row["id"]]
+                path = _write_picture(self.path / PICTURES, row["picture"], Path(image).suffix)
+                found[image] = str(path)
+        return [replace(e, image=found[e.image]) if e.image in found else e for e in edits]
 
     def close(self) -> None:
         """Let another writer in."""
         if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a fork of this process holds the file, too
             self._lock.close()
             self._lock = None
 
@@ -152,10 +180,21 @@ def _sorted(rows: pa.Table, column: str) -> pa.Table:
     return rows if (np.diff(rows[column].to_numpy()) >= 0).all() else rows.sort_by(column)
 
 
+def _counts_up(numbers: Sequence[int], first: int) -> bool:
+    return np.array_equal(numbers, np.arange(first, first + len(numbers)))
+
+
 def _changes(rows: pa.Table) -> list[Change]:
-    versions = rows["version"].to_numpy()
-    starts = np.flatnonzero(np.diff(versions, prepend=-1))
-    ids, kinds, times = rows["id"].to_numpy(), rows["change"], rows["time"]
+    """A change is the rows of one version and time: two of one version are two."""
+    versions, ids, kinds, times = (
+        rows["version"].to_numpy(),
+        rows["id"].to_numpy(),
+        rows["change"],
+        rows["time"],
+    )
+    starts = np.flatnonzero(
+        np.diff(versions, prepend=-1) | np.diff(times.cast("int64").to_numpy(), prepend=-1)
+    )
     parts = np.split(ids, starts[1:]) if len(starts) else []
     return [
         Change(int(versions[i]), kinds[i].as_py(), tuple(part.tolist()), times[i].as_py())

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mscke.benchmark.sample import EditRecord, Query
+from mscke.checkpoint import code_of
 from mscke.checkpoint import write_whole as write_whole  # for those above
 from mscke.classifier import ScopeClassifier
 from mscke.fit import fit
@@ -29,6 +30,7 @@ IN_ROLES = (True, True, True, False, False)
 FINE_GRAINED = (0.25, 0.25, 0.5, 0.8, 0.2)
 AS_RELEASED = (0.5, 0.5, 0.0, 0.0, 1.0)  # SERAC's: the edit and its rephrasing against unrelated text
 
+HERE = ("mscke.training", "mscke.fit")  # what a training does is named by these and by its model's module
 Share = Callable[[Sequence[EditRecord], slice], Tensor]  # what a part of some records adds to their loss
 
 
@@ -119,7 +121,7 @@ def train_classifier(
 
     made_of = {
         "records": digest(train), "frozen": fingerprint(classifier.encoder.model),
-        "weights": list(weights), "others": others,
+        "weights": list(weights), "others": others, "code": code_of("mscke.classifier", "mscke.models.attention", *HERE),
     }  # fmt: skip
     run = (len(train), folder, epochs, lr, batch_size, seed, made_of)
     return fit(classifier, loss, evaluate, *run, **options)
@@ -158,7 +160,9 @@ def train_counterfactual(
         right = torch.tensor([a == normalise_answer(b) for a, b in pairs]).float().view(-1, len(asked))
         return {f"right_{r}": float(v) for r, v in zip(asked, right.mean(0), strict=True)}
 
-    made_of = {"records": digest(train), "frozen": model.base.eyes(), "asked": list(roles)}
+    code = code_of("mscke.models.counterfactual", *HERE)
+    frozen = fingerprint(model.base.model)
+    made_of = {"records": digest(train), "frozen": frozen, "asked": list(roles), "code": code}
     run = (len(train), folder, epochs, lr, batch_size, seed, made_of)
     held = functools.partial(held_loss, share, validation, batch_size)
     return fit(model, of_rows(share, train), evaluate, *run, held, **options)

@@ -291,6 +291,18 @@ def test_fingerprint_names_the_trained_weights(make):
     assert classifier.fingerprint() != before
 
 
+def test_fingerprint_names_what_embeds_and_not_the_head_alone(make, encoder, monkeypatch):
+    """The same trained weights on another CLIP, or fused otherwise, embed otherwise."""
+    found = {make().fingerprint()}
+    for name, value in (("fusion", "cross"), ("kind", "exponential")):
+        other = make()
+        monkeypatch.setattr(other, name, value)
+        found.add(other.fingerprint())
+    monkeypatch.setattr(encoder.model.logit_scale, "data", encoder.model.logit_scale.data + 1)
+    found.add(make().fingerprint())
+    assert len(found) == 4
+
+
 def test_clip_is_neither_trained_nor_counted(make, encoder, queries):
     classifier = make().train()
     assert not any(name.startswith("encoder") for name in classifier.state_dict())

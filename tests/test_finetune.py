@@ -174,3 +174,15 @@ def test_nothing_stays_behind_an_error(mllm):
         assert not torch.equal(language_model(ids).logits, before)
         raise RuntimeError("here")
     assert torch.equal(language_model(ids).logits, before)
+
+
+def test_no_more_edits_are_in_memory_than_may_be(mllm, few):
+    """However the queries fall: in an order of their own, several of an edit or a single one."""
+    editor, asked = FineTune(mllm, at_once=2), []
+    model, together = editor.edit(few), FineTune(mllm).edit(few)
+    deltas = model.deltas
+    model.deltas = lambda edits: asked.append(len(edits)) or deltas(edits)
+    among = torch.tensor([0, 0, 1, 2, 0, 3, 3, 1, 4, 5, 2][: 2 * len(few)]) % len(few)
+    queries = [few[i].in_scope for i in among.tolist()]
+    assert model.answer(queries, among) == together.answer(queries, among)
+    assert max(asked) == 2

@@ -6,7 +6,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
-from mscke import memory as memories
 from mscke import search
 from mscke.benchmark.sample import Edit
 from mscke.memory import EditMemory
@@ -211,7 +210,7 @@ def test_a_single_query_is_searched_as_many_are(n):
 
 def test_codes_find_what_exact_search_finds(monkeypatch):
     """Whether they are there from the start or since the memory outgrew exact search; lengths count."""
-    monkeypatch.setattr(memories, "EXACT", 1000)
+    monkeypatch.setattr(search, "EXACT", 1000)
     monkeypatch.setattr(search, "CANDIDATES", 200)
     monkeypatch.setattr(search, "BLOCK", 8)
     rng = torch.Generator().manual_seed(0)
@@ -244,7 +243,7 @@ def test_codes_find_as_many_as_are_asked_for(monkeypatch, k):
     """Though a sample only says how near the nearest blocks and edits are; and the whole memory, if it is asked for."""
     monkeypatch.setattr(search, "CANDIDATES", 16)
     z = torch.randn(403, 32, generator=torch.Generator().manual_seed(k))
-    codes = search.Codes(z)
+    codes = search.Codes(z, 100)
     codes.look(search.squared_lengths(z))
     for query in z[:5]:
         found = codes.nearest(query, k, z)
@@ -254,3 +253,28 @@ def test_codes_find_as_many_as_are_asked_for(monkeypatch, k):
             if k > 1
             else found == z.tolist().index(query.tolist())
         )
+
+
+def test_what_is_few_again_is_searched_exactly_again(monkeypatch):
+    """However many there have been: after an undo all is as before."""
+    monkeypatch.setattr(search, "EXACT", 300)
+    monkeypatch.setattr(search, "CANDIDATES", 1)
+    z = torch.randn(400, 100, generator=torch.Generator().manual_seed(0))
+    queries, memory = torch.randn(50, 100, generator=torch.Generator().manual_seed(1)), EditMemory(100)
+    memory.add(edits(300), z[:300])
+    before = memory.nearest(queries)
+    memory.add(edits(100, 300), z[300:])
+    assert not torch.equal(memory.nearest(queries)[1], memory.nearest(queries, exact=True)[1])
+    memory.undo()
+    assert all(torch.equal(a, b) for a, b in zip(before, memory.nearest(queries), strict=True))
+
+
+@pytest.mark.parametrize("most", [2, 1000])
+def test_no_queries_find_nothing_and_broken_ones_are_refused(monkeypatch, most):
+    monkeypatch.setattr(search, "EXACT", most)
+    memory = filled()
+    assert [tuple(x.shape) for x in memory.nearest(torch.empty(0, DIM))] == [(0, 1), (0, 1)]
+    with pytest.raises(ValueError, match="not finite"):
+        memory.nearest(torch.full((1, DIM), torch.nan))
+    with pytest.raises(ValueError, match=r"of edits \[1\] are not finite"):  # its squared length is infinite
+        memory.add(edits(2), torch.tensor([[1.0], [1e30]]).expand(2, DIM))

@@ -58,6 +58,19 @@ def test_rho_at_the_threshold_is_in_scope(classifier, records, queries):
         assert not ScopeRouter(classifier, memory, above).route(queries).in_scope[i]
 
 
+def test_another_classifiers_memory_is_refused(classifier, records):
+    memory = remember(classifier, records)
+    other = EditMemory(classifier.dim, "of another")
+    other.add([r.edit for r in records], memory.embeddings)
+    with pytest.raises(ValueError, match=r"written by classifier of another, .*embed_again"):
+        ScopeRouter(classifier, other)
+
+
+def test_no_queries_are_routed_nowhere(classifier, records):
+    route = ScopeRouter(classifier, remember(classifier, records)).route([])
+    assert route.edit_id.shape == route.rho.shape == (0,)
+
+
 def test_the_default_threshold_is_the_papers(classifier, records):
     assert ScopeRouter(classifier, remember(classifier, records)).threshold == 0.5
 

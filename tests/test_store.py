@@ -3,13 +3,14 @@
 import multiprocessing
 import random
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import torch
 from writer import BATCH, DIM, change, content, hold, write
 
-from mscke import memory as memories
+from mscke import search
 from mscke.benchmark.sample import Edit, Query
 from mscke.classifier import ScopeClassifier
 from mscke.editors.mscke import RoutedModel
@@ -17,6 +18,7 @@ from mscke.memory import EditMemory
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.mllm import MLLM
 from mscke.router import ScopeRouter
+from mscke.store import Change
 
 pytest_plugins = ["tiny"]
 KILLS = 50
@@ -117,6 +119,59 @@ def test_a_failed_append_changes_nothing(path, image, monkeypatch):
     assert len(memory) == BATCH and change(memory, image) == 2
 
 
+def test_an_append_that_was_committed_and_then_failed_is_not_repeated(path, image, monkeypatch):
+    """It raises, and the memory has the change: the next one is another version with other ids."""
+    memory = EditMemory.open(path, "abc", DIM)
+    append = memory._store.append
+
+    def interrupted(*args):
+        append(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory._store, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        change(memory, image)
+    monkeypatch.undo()
+    assert len(memory) == BATCH and change(memory, image) == 2
+    memory.close()
+    same(EditMemory.open(path), memory)
+
+
+def test_small_files_that_cannot_be_put_together_are_no_failure(path, image, monkeypatch):
+    def full_disk(**options):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("mscke.store.FRAGMENTS", 2)
+    memory = EditMemory.open(path, "abc", DIM)
+    monkeypatch.setattr(memory._store._table, "optimize", full_disk)
+    change(memory, image)
+    with pytest.warns(UserWarning, match="could not be put together"):
+        assert change(memory, image) == 2
+    memory.close()
+    same(EditMemory.open(path), memory)
+
+
+def test_a_table_whose_changes_repeat_is_refused(path, image, written):
+    store = EditMemory.open(path)._store
+    store.append(Change(12, "remove", (0,), datetime.now(UTC)), (), None)
+    store.close()
+    with pytest.raises(ValueError, match="is damaged"):
+        EditMemory.open(path)
+    with pytest.raises(ValueError, match="is damaged"):  # and the lock was let go
+        EditMemory.open(path)
+
+
+def test_who_was_killed_while_making_a_table_bars_nobody(path, image):
+    (path / "edits.lance" / "_transactions").mkdir(parents=True)
+    (path / "edits.lance" / "_transactions" / "0-half.txn").write_bytes(b"half")
+    with pytest.raises(FileNotFoundError, match="to begin one"):
+        EditMemory.open(path, read_only=True)
+    memory = EditMemory.open(path, "abc", DIM)
+    assert change(memory, image) == 1
+    memory.close()
+    same(EditMemory.open(path), memory)
+
+
 def test_what_is_read_is_what_was_written(path, written):
     same(EditMemory.open(path, "abc", DIM), written)
 
@@ -161,6 +216,20 @@ def test_a_second_writer_is_refused_and_loses_nothing(path, image, written, proc
     assert change(EditMemory.open(path, "abc"), image) == 13
 
 
+def test_a_closed_memory_lets_others_in_whatever_was_forked(path, image, written):
+    memory = EditMemory.open(path)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()  # has the lock's file, too
+    memory.close()
+    try:
+        other = EditMemory.open(path)
+    finally:
+        child.kill()
+    assert change(other, image) == 13
+    with pytest.raises(PermissionError, match="or is closed"):
+        change(memory, image)
+
+
 def test_a_reader_sees_the_memory_as_it_was_opened(path, image, written):
     reader, memory = EditMemory.open(path, read_only=True), EditMemory.open(path)
     change(memory, image)
@@ -201,6 +270,21 @@ def test_a_lost_image_comes_from_the_memory(path, image, written):
     assert first.prompt == written[int(written.ids[0])].prompt
 
 
+def test_each_lost_image_comes_back_to_its_own_edits(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("mscke.store.AT_ONCE", 2)
+    pictures = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, picture in enumerate(pictures):
+        picture.write_bytes(bytes([i]))
+    memory = EditMemory.open(path, "abc", DIM)
+    memory.add([Edit(str(pictures[i % 5]), f"t{i}", "y") for i in range(10)], torch.randn(10, DIM))
+    memory.close()
+    for picture in pictures[1:]:
+        picture.unlink()
+    again = EditMemory.open(path, read_only=True)
+    assert [Path(again[i].image).read_bytes() for i in range(10)] == [bytes([i % 5]) for i in range(10)]
+    assert again[0].image == str(pictures[0])
+
+
 def test_edits_are_embedded_again(path, tmp_path, classifier, records):
     old = remember(path, classifier, records, fingerprint="of another")
     old.remove([1])
@@ -210,6 +294,10 @@ def test_edits_are_embedded_again(path, tmp_path, classifier, records):
     reopened = EditMemory.open(tmp_path / "new", classifier.fingerprint())
     assert torch.equal(reopened.embeddings, fresh.embeddings)
     assert [reopened[i] for i in range(len(records) - 1)] == [fresh[i] for i in range(len(records) - 1)]
+    reopened.close()
+    with pytest.raises(FileExistsError, match=r"there is a memory at .*new already"):
+        old.embed_again(classifier, tmp_path / "new")
+    assert len(EditMemory.open(tmp_path / "new")) == len(records) - 1
 
 
 # ------------------------------------------------------------------------------- versioned
@@ -268,11 +356,12 @@ def test_after_an_undo_the_model_answers_as_before(path, classifier, mllm, recor
 
 
 def test_a_memory_opened_again_is_searched_by_the_same_codes(path, image, monkeypatch):
-    monkeypatch.setattr(memories, "EXACT", 1000)
+    monkeypatch.setattr(search, "EXACT", 1000)
     torch.manual_seed(0)
     z = torch.nn.functional.normalize(torch.randn(2000, 32), dim=-1)
     memory = EditMemory.open(path, "abc", 32)
-    memory.add([Edit(str(image), f"t{i}", "y") for i in range(2000)], z)
+    for part in (slice(0, 600), slice(600, 1100), slice(1100, 2000)):  # its codes are made on the way
+        memory.add([Edit(str(image), f"t{i}", "y") for i in range(2000)[part]], z[part])
     memory.remove([5])
     queries = z[:20] + 0.02 * torch.randn(20, 32)
     found = memory.nearest(queries, 3)

@@ -28,7 +28,7 @@ from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
 from mscke.models.sources import load_mllm, make_counterfactual
-from mscke.training import train_counterfactual, write_whole
+from mscke.training import digest, train_counterfactual, write_whole
 from mscke.workers import in_processes, one_thread, processes
 
 SCOPED = {  # the methods with a scope classifier of their own
@@ -121,10 +121,11 @@ def mend(
 def ike_choices(track: Track, bench: Benchmark, backbone: str | MLLM) -> pd.DataFrame:
     """How IKE does on validation records by its number k of demonstrations, in shares; measured once."""
     base = load_base(track, backbone) if isinstance(backbone, str) else backbone
-    path = track.outputs / "trained" / f"ike-{base.name}-{fingerprint(base.model)[:8]}" / "validation.csv"
+    held = bench.validation[: track.ike_records]
+    made_of = f"{fingerprint(base.model)[:8]}-{digest([*bench.train, *held])[:8]}"
+    path = track.outputs / "trained" / f"ike-{base.name}-{made_of}" / "validation.csv"
     with processes().main_process_first():
         if not path.exists():
-            held = bench.validation[: track.ike_records]
             _, table = choose_k(base, bench.train, MiniLMEncoder(track.features), held)
             write_whole(path, lambda p: table.to_csv(p, index=False))
     return pd.read_csv(path)

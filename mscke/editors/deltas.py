@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mscke.benchmark.sample import Query
-from mscke.models.decoding import Forced, generate, in_batches, teacher_force
+from mscke.models.decoding import Forced, generate, teacher_force
 from mscke.models.mllm import MLLM
 from mscke.models.prompts import embed
 
@@ -84,13 +84,20 @@ class DeltaModel:
     """The base model under E edits (:class:`mscke.editors.base.EditedModel`).
 
     ``deltas`` gives the updates of some edits, long (U,); it is asked batch by batch (the base model's
-    size, unless given), so that those of many edits need not exist at once. A single edit is in force for
-    every query.
+    size, unless given), so that those of many edits need not exist at once: of ``at_once`` at most, if told. A
+    single edit is in force for every query.
     """
 
-    def __init__(self, base: MLLM, n: int, deltas: Callable[[Tensor], Deltas], batch_size: int | None = None):
+    def __init__(
+        self,
+        base: MLLM,
+        n: int,
+        deltas: Callable[[Tensor], Deltas],
+        batch_size: int | None = None,
+        at_once: int | None = None,
+    ):
         self.base, self.n, self.deltas = base, n, deltas
-        self.batch_size = batch_size or base.batch_size
+        self.batch_size, self.at_once = batch_size or base.batch_size, at_once
 
     def answer(self, queries: Sequence[Query], among: Tensor | None = None) -> list[str]:
         return self._ask(generate, among, queries)
@@ -113,7 +120,7 @@ class DeltaModel:
             1, len(among.unique())
         )  # queries of an edit: a batch ends with an edit's last
         size = self.batch_size // max(1, run) * run or self.batch_size  # or within it, if they are too many
-        for part in in_batches(len(queries), size):
+        for part in self._parts(among, size):
             edits, rows = among[part].unique(return_inverse=True)
             deltas, found = self.deltas(edits), {}
             for some in apart(queries[part]):
@@ -125,6 +132,17 @@ class DeltaModel:
                 found |= zip(some, answers, strict=True)
             results += [found[i] for i in range(len(found))]
         return results
+
+    def _parts(self, among: Tensor, size: int) -> Iterator[slice]:
+        """Batches of ``size`` queries, or of fewer where these would be of more edits than there may be at once."""
+        start, seen = 0, set()
+        for i, edit in enumerate(among.tolist()):
+            if i - start == size or (edit not in seen and len(seen) == self.at_once):
+                yield slice(start, i)
+                start, seen = i, set()
+            seen.add(edit)
+        if seen:
+            yield slice(start, len(among))
 
 
 def apart(queries: Sequence[Query]) -> list[list[int]]:

@@ -19,7 +19,6 @@ from mscke.benchmark.sample import EditRecord
 from mscke.editors.deltas import DeltaModel, Deltas, Dense, Reading, Stages, applied, gradient, matrices, read
 from mscke.models.decoding import in_batches
 from mscke.models.mllm import MLLM
-from mscke.training import ROLES
 
 
 class FineTune:
@@ -51,7 +50,7 @@ class FineTune:
         """One model an edit. Keeps copies of the edited matrices (float32): E, or ``at_once``."""
         if self.at_once:
             ask = lambda edits: self._fitted([records[i] for i in edits])  # noqa: E731
-            return DeltaModel(self.base, len(records), ask, self.at_once * len(ROLES))
+            return DeltaModel(self.base, len(records), ask, at_once=self.at_once)
         deltas = self._fitted(records)
         return DeltaModel(self.base, len(records), lambda edits: {n: d[edits] for n, d in deltas.items()})
 

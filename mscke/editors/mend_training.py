@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mscke.benchmark.sample import EditRecord
+from mscke.checkpoint import code_of
 from mscke.editors.deltas import Reading, applied, read
 from mscke.editors.mend import MEND
 from mscke.fit import fit
@@ -81,6 +82,7 @@ def train_mend(
         return {f"right_{r}": float(v) for r, v in zip(ROLES, right, strict=True)}
 
     frozen = fingerprint(mend.base.model)
-    made_of = {"records": digest(train), "frozen": frozen, "c_edit": c_edit, "c_loc": c_loc}
+    code = code_of("mscke.editors.mend", "mscke.editors.deltas", "mscke.editors.mend_training", "mscke.fit")
+    made_of = {"records": digest(train), "frozen": frozen, "c_edit": c_edit, "c_loc": c_loc, "code": code}
     run = (folder, epochs, lr, batch_size, seed, made_of, partial(held_loss, share, validation, batch_size))
     return fit(mend.networks, of_rows(share, train), evaluate, len(train), *run, **options)

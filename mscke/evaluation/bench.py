@@ -180,7 +180,7 @@ def measured(track: Track, bench: Benchmark, part: str, again: bool = False) -> 
 
     Measured once with this code, so that a notebook that is run again times nothing, unless ``again``.
     """
-    kept = {name: track.outputs / "rows" / made_of() / f"bench-{name}.csv" for name in PARTS}
+    kept = {name: track.outputs / "rows" / made_of(track) / f"bench-{name}.csv" for name in PARTS}
     if again or not kept[part].exists():
         _write(PARTS[part](track, bench), kept[part])
     there = [pd.read_csv(path) for path in kept.values() if path.exists()]

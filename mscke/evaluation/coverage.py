@@ -64,6 +64,6 @@ def scores_among(
     if not others:
         return own
     memory = EditMemory(classifier.dim)
-    memory.add([r.edit for r in others], classifier(encode_records(classifier, others)[0]))
-    distance, _ = memory.nearest(classifier(encode_records(classifier, records)[1]))
+    memory.add([r.edit for r in others], classifier.embed_features(encode_records(classifier, others)[0]))
+    distance, _ = memory.nearest(classifier.embed_features(encode_records(classifier, records)[1]))
     return np.maximum(own, classifier.score(distance).numpy().reshape(own.shape))

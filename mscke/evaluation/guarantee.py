@@ -19,7 +19,8 @@ share that leaks varies about it, and with ``asked=m`` the same is guaranteed of
 on average over calibration sets, and so above α for many of them.
 
 *Both assume* that calibration and test scores are exchangeable: the same sorts of records in the same
-shares, as many edits in memory, each record on an image of its own, none of them seen in training.
+shares, as many edits in memory, each record on an image of its own, none of them seen in training, and nothing of
+note chosen on them (a recipe among a few, as here, is little; a classifier among hundreds would not be).
 """
 
 from __future__ import annotations

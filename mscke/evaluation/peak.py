@@ -48,6 +48,9 @@ def _peaks(track_name: str, part: str, backbone: str, batches: Sequence[int]) ->
     track = get_track(track_name)
     records = load_benchmark(track).test
     base = load_mllm(track, backbone) if part.startswith("counter") else None
+    if device_of(track).type == "cuda":
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats()
     start, peaks = held("VmRSS"), []
     make = _loaded(part, track, backbone, base)
     with torch.inference_mode():

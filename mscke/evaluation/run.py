@@ -19,21 +19,27 @@ from mscke.editors import build
 from mscke.evaluation.outcomes import Outcomes, ask_all, own_scores
 from mscke.evaluation.protocol import PROTOCOLS, evaluate_shared, named, save_rows, shared
 from mscke.models.mllm import MLLM
+from mscke.models.sources import device_of
 from mscke.workers import in_processes, processes
 
 ABOVE = ("report",)  # what rows do not depend on
 
 
-def made_of() -> str:
-    """Sixteen hex digits that name the code and the pretrained weights that rows come from.
+def made_of(track: Track) -> str:
+    """Sixteen hex digits that name the code, the pretrained weights and the kind of device that rows come from.
 
-    Records, trained weights and rows follow from these; rows of other code or weights are made anew.
+    Records and rows follow from these, and trained weights, which their own runs hold to what they were made of
+    (:mod:`mscke.checkpoint`); rows of other code or weights are made anew.
     """
     sources = [
         p for p in (ROOT / "mscke").rglob("*.py") if p.relative_to(ROOT / "mscke").parts[0] not in ABOVE
     ]
-    weights = [p for p in ASSETS.rglob("*.safetensors") if "trained" not in p.parts]
+    weights = [
+        p for kind in ("*.safetensors", "*.json") for p in ASSETS.rglob(kind) if "trained" not in p.parts
+    ]
     parts = [hashlib.sha256(p.read_bytes()).digest() for p in sorted(sources) + sorted(weights)]
+    fetched = track.lock.read_bytes() if track.fetched and track.lock.exists() else b""
+    parts += [fetched, repr((track.eight_bit, device_of(track).type)).encode()]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
@@ -75,7 +81,7 @@ def both_ways(
     """
     name, records = others or ("", bench.test)
     protocols = ("generated",) if others else tuple(PROTOCOLS)
-    folder = rows_folder(track, base, key or made_of()) / name
+    folder = rows_folder(track, base, key or made_of(track)) / name
 
     def ask(who: str) -> pd.DataFrame:
         in_scope = None if who == "nobody" else build.answerer(track, bench, base, who)
@@ -89,7 +95,7 @@ def both_ways(
 
 def kept(track: Track, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """What ``make`` has measured with this code, once: a notebook that is run again times nothing."""
-    return _kept(track.outputs / "rows" / made_of() / f"{name}.parquet", make)
+    return _kept(track.outputs / "rows" / made_of(track) / f"{name}.parquet", make)
 
 
 def rows_folder(track: Track, base: MLLM, key: str) -> Path:
@@ -108,7 +114,7 @@ def _kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
 
 def run_track(track: Track) -> pd.DataFrame:
     """Rows of every editor on every backbone (columns: :func:`mscke.evaluation.protocol.evaluate`)."""
-    key = made_of()
+    key = made_of(track)
     folders = in_processes(
         run_backbone, [(track.name, b, key) for b in track.backbones], track.workers, "backbones"
     )

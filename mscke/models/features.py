@@ -104,7 +104,8 @@ class FeatureTable:
 
 
 class ImageTable(FeatureTable):
-    """The keys are paths of images. A file that was written anew since is read anew."""
+    """The keys are paths of images. On disk the features of a file that was written anew since are void; within a
+    process an image is taken to stay as it was when it was first asked for."""
 
     def stamp(self, key: str) -> str:
         try:
