@@ -13,8 +13,8 @@ from torch import Tensor
 EXACT = 100_000  # embeddings of which every search reads all in full precision; among more it looks at codes first
 AXES = 64  # that are coded, of the embeddings' 256: integer products are quick in multiples of 64
 BLOCK = 32  # codes that are ranked together at first, by what the best can be: a million take longer than to score
-CANDIDATES = 1500  # about so many blocks are looked into, and so many edits compared in full precision
-STRIDE = 7  # one in so many is looked at to learn how near the nearest are: no divisor of a block
+CANDIDATES = 1000  # about so many blocks are looked into, and so many edits compared in full precision
+STRIDE = 15  # one in so many is looked at to learn how near the nearest are: no divisor of a block
 AT_ONCE = 512  # queries: their products with the matrix stay in the processor's cache
 PIECES = 8  # of the product with a single query, so that all threads read
 
@@ -131,7 +131,7 @@ class Codes:
         places = blocks[best // BLOCK] * BLOCK + best % BLOCK
         places = torch.cat(
             [places, torch.arange(whole, len(product))]
-        )  # the last fill no block: all are compared
+        )  # those that fill no block, all of them
         squared = torch.addmv(self.squares[places], matrix.index_select(0, places), query, alpha=-2)
         return places[squared.topk(k, largest=False)[1]]
 

@@ -82,8 +82,9 @@ class EditStore:
                 f"no memory at {self.path}; to begin one, open it for writing and give dim="
             )
         # who was killed while making one may have left a table without a version, which cannot be opened
+        mode = "overwrite" if (self.path / f"{TABLE}.lance").exists() else "create"
         schema = table_schema(dim, fingerprint or "")
-        return lancedb.connect(self.path).create_table(TABLE, schema=schema, mode="overwrite")
+        return lancedb.connect(self.path).create_table(TABLE, schema=schema, mode=mode)
 
     def _check(self, dim: int | None, fingerprint: str | None) -> None:
         if fingerprint is not None and fingerprint != self.fingerprint:
