@@ -32,9 +32,16 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def code_of(*modules: str) -> str:
-    """Eight hex digits that name what these modules of ours do: comments and layout do not count."""
-    trees = (ast.dump(ast.parse(Path(import_module(m).__file__).read_bytes())) for m in modules)
-    return hashlib.sha256("".join(trees).encode()).hexdigest()[:8]
+    """Eight hex digits that name what these modules of ours do: comments, docstrings and layout do not count."""
+    trees = [ast.parse(Path(import_module(m).__file__).read_bytes()) for m in modules]
+    for node in (n for tree in trees for n in ast.walk(tree)):
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
+            node.body[0].value.value = ""
+    text = "".join(map(ast.unparse, trees))  # ast.dump's depends on Python's version
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def read(folder: Path, made_of: dict) -> dict:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mscke.benchmark.sample import Edit, Query
 from mscke.search import Index
-from mscke.store import Change, EditStore
+from mscke.store import Change, EditStore, uninterrupted
 
 
 class EditMemory:
@@ -154,18 +154,21 @@ class EditMemory:
         if not ids:
             return
         entry = Change(len(self._log) + 1, change, tuple(ids), datetime.now(UTC))
-        if self._store:
-            self._write(entry, edits, z)
-        if z is not None:
-            self._index.add(z)
-            self._edits += edits
-        self._apply(entry)
-        self._index.look()
+        with uninterrupted():
+            if self._store:
+                self._write(entry, edits, z)
+            if z is not None:
+                self._index.add(z)
+                self._edits += edits
+            self._apply(entry)
+            self._index.look()
 
     def _write(self, entry: Change, edits: Sequence[Edit], z: Tensor | None) -> None:
-        """Append to the disk; interrupted, become what is there: the change may have been committed."""
+        """Append to the disk; where that fails become what is there: the change may have been committed."""
         try:
             self._store.append(entry, edits, z)
+        except (PermissionError, FileNotFoundError):  # refused before anything was written
+            raise
         except BaseException:
             self._recall(*self._store.read())
             raise

@@ -10,8 +10,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import signal
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -59,7 +62,7 @@ class EditStore:
         Raises FileNotFoundError without a table to open, BlockingIOError while another writes, ValueError
         if another width or another classifier than ``fingerprint`` was given.
         """
-        self.path, self._lock = Path(path), None
+        self.path, self._lock, self._process = Path(path), None, os.getpid()
         if not read_only and (dim is not None or self.path.is_dir()):
             self._lock = _lock(self.path)
         try:
@@ -157,9 +160,28 @@ class EditStore:
     def close(self) -> None:
         """Let another writer in."""
         if self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a fork of this process holds the file, too
+            if (
+                os.getpid() == self._process
+            ):  # a fork has the file, too: it does not hold the lock, nor does it let go
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._lock.close()
             self._lock = None
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Within it SIGINT waits: LanceDB, interrupted, does not say whether it will commit."""
+    if threading.current_thread() is not threading.main_thread():  # Python interrupts no other
+        yield
+        return
+    asked = []
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _lock(folder: Path):

@@ -130,7 +130,6 @@ def test_each_call_of_edit_starts_a_fresh_memory(mllm, counterfactual, classifie
     first, second = editor.edit(records[:3]), editor.edit(records[3:5])
     assert [len(m.router.memory) for m in (first, second)] == [3, 2]
     assert second.router.memory[0] == records[3].edit
-    assert first.router.memory.fingerprint == classifier.fingerprint()
 
 
 @pytest.fixture(scope="module")

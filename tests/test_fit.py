@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from mscke.checkpoint import code_of
 from mscke.editors.mend import MEND, MendNetworks
 from mscke.editors.mend_training import train_mend
 from mscke.fit import fit
@@ -242,3 +243,17 @@ def test_nothing_is_left_of_a_write_that_was_cut(whole, tmp_path, monkeypatch):
     assert all(p.suffix == ".tmp" for p in (tmp_path / "part").iterdir())
     Toy().fit(tmp_path / "part")
     assert files(tmp_path / "part") == whole[1]
+
+
+def test_code_is_named_by_what_it_does(tmp_path, monkeypatch):
+    """Not by comments, docstrings and layout, which change without it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    path, name = tmp_path / "a_module_of_ours.py", "a_module_of_ours"
+
+    def named(text):
+        path.write_text(text)
+        return code_of(name)
+
+    first = named('"""What."""\n\n\ndef f(x):\n    """Say."""\n    return x + 1  # why\n')
+    assert named('"""That."""\ndef f(x):\n    """Said."""\n    return (x +\n  1)\n') == first
+    assert named('"""What."""\n\n\ndef f(x):\n    """Say."""\n    return x + 2  # why\n') != first

@@ -26,7 +26,25 @@ def test_error_and_its_interval_are_those_of_all_questions(scored):
     for _ in range(300):  # whole records, one draw after another
         rows = rng.integers(0, 400, 400)
         drawn.append(expected_error(calibration_gaps(*(x[rows].ravel() for x in scored))))
-    assert (found["lo"], found["hi"]) == pytest.approx(np.percentile(drawn, (2.5, 97.5)), abs=0.01)
+    basic = 2 * found["ece"] - np.percentile(drawn, (97.5, 2.5))
+    assert (found["lo"], found["hi"]) == pytest.approx(basic, abs=0.01)
+
+
+def test_the_interval_of_an_error_that_is_chance_goes_down_and_not_up():
+    """Drawing again adds the bias of a sum of absolute values once more; the interval takes it off."""
+    rng = np.random.default_rng(0)
+    chance = rng.random((200, 2))
+    truth = (rng.random((200, 2)) < chance).astype(float)
+    found, drawn = error_interval(chance, truth), []
+    for rows in rng.integers(0, 200, (300, 200)):
+        drawn.append(expected_error(calibration_gaps(chance[rows].ravel(), truth[rows].ravel())))
+    lo, hi = 2 * found["ece"] - np.percentile(drawn, (97.5, 2.5))
+    assert found["ece"] < np.median(drawn) and hi < np.percentile(drawn, 97.5) - 0.01
+    assert found["lo"] == pytest.approx(max(0, lo), abs=0.01)
+    assert (
+        found["hi"] == pytest.approx(max(found["ece"], hi), abs=0.01)
+        and found["lo"] <= found["ece"] <= found["hi"]
+    )
 
 
 def test_mean_interval_of_truths():

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import signal
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -129,6 +130,20 @@ def test_an_append_that_was_committed_and_then_failed_is_not_repeated(path, imag
         raise KeyboardInterrupt
 
     monkeypatch.setattr(memory._store, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        change(memory, image)
+    monkeypatch.undo()
+    assert len(memory) == BATCH and change(memory, image) == 2
+    memory.close()
+    same(EditMemory.open(path), memory)
+
+
+def test_an_interrupt_waits_for_the_change(path, image, monkeypatch):
+    memory = EditMemory.open(path, "abc", DIM)
+    add = memory._store._table.add
+    monkeypatch.setattr(
+        memory._store._table, "add", lambda rows: (signal.raise_signal(signal.SIGINT), add(rows))
+    )
     with pytest.raises(KeyboardInterrupt):
         change(memory, image)
     monkeypatch.undo()
@@ -357,13 +372,15 @@ def test_after_an_undo_the_model_answers_as_before(path, classifier, mllm, recor
 
 def test_a_memory_opened_again_is_searched_by_the_same_codes(path, image, monkeypatch):
     monkeypatch.setattr(search, "EXACT", 1000)
+    monkeypatch.setattr(search, "CANDIDATES", 40)
+    monkeypatch.setattr(search, "BLOCK", 8)
     torch.manual_seed(0)
-    z = torch.nn.functional.normalize(torch.randn(2000, 32), dim=-1)
-    memory = EditMemory.open(path, "abc", 32)
+    z = torch.nn.functional.normalize(torch.randn(2000, 128), dim=-1)
+    memory = EditMemory.open(path, "abc", 128)
     for part in (slice(0, 600), slice(600, 1100), slice(1100, 2000)):  # its codes are made on the way
         memory.add([Edit(str(image), f"t{i}", "y") for i in range(2000)[part]], z[part])
     memory.remove([5])
-    queries = z[:20] + 0.02 * torch.randn(20, 32)
+    queries = z[:20] + 0.02 * torch.randn(20, 128)
     found = memory.nearest(queries, 3)
     memory.close()
     again = EditMemory.open(path, read_only=True).nearest(queries, 3)

@@ -60,7 +60,7 @@ class MSCKE:
     def edit(self, records: Sequence[EditRecord]) -> RoutedModel:
         """Write the records' edits into a fresh memory; edit k gets id k."""
         edits = [r.edit for r in records]
-        memory = EditMemory(self.classifier.dim, self.classifier.fingerprint())
+        memory = EditMemory(self.classifier.dim)  # in RAM and of this classifier: no other meets it
         if edits:
             prompts = [Query(e.prompt, e.image) for e in edits]
             memory.add(edits, self.classifier.embed(prompts, [e.answer for e in edits]))

@@ -183,8 +183,8 @@ def _of(kind: type, config: hf.PreTrainedConfig, depth: int) -> torch.nn.Module:
 
 
 def _constant(model: torch.nn.Module) -> torch.nn.Module:
-    for tensor in model.parameters():
-        tensor.fill_(0.01)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.fill_(0.01 if tensor.is_floating_point() else 0)
     return model.eval()
 
 

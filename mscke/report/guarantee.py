@@ -26,14 +26,14 @@ def error_interval(probability: np.ndarray, in_scope: np.ndarray) -> dict[str, f
     """ece, lo, hi: the expected calibration error and its bootstrap 95 % interval, over records.
 
     Both arrays are (R, …): the questions of one record are drawn together. A sum of absolute values is biased
-    upwards, by drawing again once more; so the interval is the basic one, which takes that off, and not of percentiles. Where the
-    error is near 0 the estimate itself stays too high.
+    upwards, and drawing again adds the same bias once more. So the interval is the basic one, which takes that
+    off again, not that of percentiles. Near 0 the estimate itself stays too high.
     """
     gaps = calibration_gaps(probability.ravel(), in_scope.ravel())
     gaps = gaps.reshape(len(probability), -1, BINS).mean(1)
     ece = float(expected_error(gaps))
     hi, lo = 2 * ece - np.percentile(np.abs(resampled_means(gaps)).sum(1), (2.5, 97.5))
-    return {"ece": ece, "lo": max(0.0, float(lo)), "hi": float(hi)}
+    return {"ece": ece, "lo": max(0.0, float(lo)), "hi": max(ece, float(hi))}
 
 
 def plot_cuts(cuts: pd.DataFrame) -> Figure:
