@@ -171,11 +171,12 @@ class EditStore:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Within it SIGINT waits: LanceDB, interrupted, does not say whether it will commit."""
-    if threading.current_thread() is not threading.main_thread():  # Python interrupts no other
+    before, main = signal.getsignal(signal.SIGINT), threading.main_thread()
+    if threading.current_thread() is not main or before is None:  # it interrupts no other; None: not Python's
         yield
         return
     asked = []
-    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    signal.signal(signal.SIGINT, lambda *_: asked.append(True))
     try:
         yield
     finally:
