@@ -24,6 +24,7 @@ class Track:
     counterfactual_epochs: int
     mend_epochs: int
     ike_records: int = 30  # validation records on which IKE's number of demonstrations is chosen
+    light: str = ""  # the one that the grounded classifier of 07_beyond reads, and it alone; "": ``clip``
     validation: float = 0.1  # share of train
     seed: int = 0
     fetched: bool = False  # data and models come through mscke.benchmark.fetch; nothing is generated
@@ -121,8 +122,10 @@ _MINI = {
     "clips": {
         "mini-B": f"local-dir:{ASSETS / 'clip-mini-b'}",
         "mini-L": f"local-dir:{ASSETS / 'clip-mini-l'}",
+        "mini-S": f"local-dir:{ASSETS / 'clip-mini-s'}",
     },
     "clip": "mini-L",
+    "light": "mini-S",
 }
 # The counterfactual model infers the rephrasing from these two: as right on validation as taught all three.
 _TAUGHT = {"counterfactual": {"roles": ("reliability", "in_scope")}}

@@ -51,6 +51,8 @@ class Features:
 
         There are many: every record asks one of a few text-only questions.
         """
+        if len(self.said) == 1:
+            return self, torch.zeros(1, dtype=torch.long)
         key = self.said + len(self.words) * (self.image + 1) if seen else self.said
         found, place = key.unique(return_inverse=True)
         rows = torch.empty_like(found).scatter_(0, place, torch.arange(len(key)))

@@ -2,7 +2,7 @@
 
 Stages, in order: ``vision`` (patches name what lies under them), ``opt`` and ``llama`` (language before
 pixels), ``blip2`` and ``minigpt4`` (Q-Former and projection by distillation, then joint training),
-``clip-mini-b`` and ``clip-mini-l``, ``card``. Each writes its curve as CSV beside the weights.
+``clip-mini-b``, ``clip-mini-l`` and ``clip-mini-s``, ``card``. Each writes its curve as CSV beside the weights.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from functools import partial
 
 import torch
 from safetensors.torch import save_file
@@ -22,13 +23,15 @@ from mscke.models.prompts import FORMATS, PromptEncoder
 
 WORK = ROOT / "outputs" / "pretrain"
 STEPS = {
-    "vision": 700, "opt": 6000, "opt-neighbours": 1200, "llama": 6000, "llama-neighbours": 1200, "clip-mini-b": 500, "clip-mini-l": 650,
+    "vision": 700, "opt": 6000, "opt-neighbours": 1200, "llama": 6000, "llama-neighbours": 1200, "clip-mini-b": 500, "clip-mini-l": 650, "clip-mini-s": 4000,
     "blip2-distil": 800, "blip2-join": 1200, "minigpt4-distil": 300, "minigpt4-join": 700,
 }  # fmt: skip
-DENSE_STEPS = 400
+DENSE_STEPS = {"clip-mini-b": 400, "clip-mini-l": 400, "clip-mini-s": 1000}
 SEEDS = {
     name: i
-    for i, name in enumerate(["opt", "llama", "vision", "clip-mini-b", "clip-mini-l", "blip2", "minigpt4"])
+    for i, name in enumerate(
+        ["opt", "llama", "vision", "clip-mini-b", "clip-mini-l", "blip2", "minigpt4", "clip-mini-s"]
+    )
 }
 
 
@@ -121,7 +124,7 @@ def save(model: nn.Module, name: str) -> None:
 
 def run_clip(name: str) -> None:
     folder = ASSETS / name
-    model = clip.pretrain_clip(name, folder, WORK, DENSE_STEPS, STEPS[name], SEEDS[name])
+    model = clip.pretrain_clip(name, folder, WORK, DENSE_STEPS[name], STEPS[name], SEEDS[name])
     weights = {k: v.half().contiguous() for k, v in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
 
@@ -139,7 +142,7 @@ def run_card() -> None:
 RUN = {
     "vision": run_vision, "opt": lambda: run_language("opt"), "blip2": run_blip2,
     "llama": lambda: run_language("llama"), "minigpt4": run_minigpt4,
-    "clip-mini-b": lambda: run_clip("clip-mini-b"), "clip-mini-l": lambda: run_clip("clip-mini-l"),
+    **{name: partial(run_clip, name) for name in clip.SIZES},
     "card": run_card,
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from mscke.benchmark.sample import Query
 from mscke.benchmark.scenes import HELD_OUT, HELD_OUT_FOLD, sample_scene_of
 from mscke.models.decoding import generate
 from mscke.models.mllm import MLLM
-from mscke.models.pretrain.clip import encode, sample_phrase
+from mscke.models.pretrain.clip import SIZES, encode, sample_phrase
 from mscke.models.pretrain.vision import cells_of_patches, pixels
 
 KINDS_OF_REFERENCE = ("colour", "place", "relation", "category", "name")
@@ -83,7 +83,7 @@ def measure_clip(folder: Path, n: int = 500, seed: int = 7) -> dict[str, dict]:
     rng = np.random.default_rng(seed)
     scenes = [sample_scene_of(rng, HELD_OUT_FOLD) for _ in range(n)]
     phrases = [sample_phrase(rng, s) for s in scenes for _ in range(4)]
-    text, _, patches, _ = encode(model.eval(), tokenizer([t for t, _, _ in phrases]), pixels(scenes))
+    text, _, patches, *_ = encode(model.eval(), tokenizer([t for t, _, _ in phrases]), pixels(scenes))
     scores = F.normalize(text, dim=-1).unflatten(0, (-1, 4)) @ F.normalize(patches, dim=-1).mT
     found = cells_of_patches(16)[scores.flatten(0, 1).argmax(-1).numpy()]
     right = found == np.array([cell for _, cell, _ in phrases])
@@ -98,7 +98,7 @@ def measure(assets: Path) -> dict[str, dict]:
     measured = {}
     for folder, name in (("blip2-mini", "BLIP-2-mini"), ("minigpt4-mini", "MiniGPT-4-mini")):
         measured[name] = measure_mllm(MLLM.from_pretrained(assets / folder, name))
-    for folder in ("clip-mini-b", "clip-mini-l"):
+    for folder in SIZES:
         measured[folder] = measure_clip(assets / folder)
     return measured
 
@@ -106,19 +106,19 @@ def measure(assets: Path) -> dict[str, dict]:
 PARTS = {
     "BLIP-2-mini": ("blip2-mini", ("vision", "opt", "opt-neighbours", "blip2-distil", "blip2-join")),
     "MiniGPT-4-mini": ("minigpt4-mini", ("llama", "llama-neighbours", "minigpt4-distil", "minigpt4-join")),
-    "clip-mini-b": ("clip-mini-b", ("clip-mini-b-dense", "clip-mini-b")),
-    "clip-mini-l": ("clip-mini-l", ("clip-mini-l-dense", "clip-mini-l")),
-}
+} | {name: (name, (f"{name}-dense", name)) for name in SIZES}
 
 INTRODUCTION = """# The pretrained mini models
 
-Four small models that stand in for BLIP-2 OPT, MiniGPT-4 and two CLIPs on two CPU cores. They were
+Small models that stand in for BLIP-2 OPT, MiniGPT-4 and CLIPs on two CPU cores. They were
 trained from scratch by `make pretrain` on generated scenes (OpenMoji drawings on coloured cards) and on
 facts from GeoNames; weights are half-precision safetensors. `blip2-mini` and `minigpt4-mini` are
 `transformers.Blip2ForConditionalGeneration`; the CLIPs load with `open_clip.create_model("local-dir:…")`.
 MiniGPT-4-mini looks through BLIP-2-mini's frozen vision tower and Q-Former, as MiniGPT-4 does through BLIP-2's;
 of the two it is the weaker, above all about places and where a thing is referred to by name. The CLIPs were
 trained with a region term that OpenAI's had not: a phrase must point at the patches of what it names.
+`clip-mini-s` is small beside the language models, as a real CLIP is beside a real one; it was trained for longer than
+the other two, and the states of its words had to foretell the next word.
 
 **Use** them to study editing methods where everything is known. **Do not use** them to see or read
 anything but such scenes: they know 48 kinds of things, eight colours, nine places and 100 countries, and

@@ -1,4 +1,4 @@
-"""Two mini CLIPs, defined as open_clip configs: image–text contrast plus a region term.
+"""The mini CLIPs, defined as open_clip configs: image–text contrast plus a region term.
 
 The contrast is CLIP's, on the log-sum-exp of a phrase over an image's patches and, with less weight, on
 the pooled image; an image on which the phrase fits as well is not counted as a negative. The region term
@@ -6,6 +6,10 @@ asks that a phrase's embedding *point at* the patches of what it names: a softma
 image's own patch embeddings. For that a patch must know where it is and what lies next to it, which the
 dense stage before it teaches. Real CLIPs acquire such things from scale; here they are taught, relations
 ("just left of the owl") with them.
+
+``clip-mini-s`` is the light one, a fifth of ``clip-mini-l`` and taught for five times as many steps. Pointing needs to know
+which thing is meant and not what is asked of it, and the longer it is taught, the more alike "where" and "what"
+become. So the states of its words must also foretell the next word, as a captioner's do (CoCa, arXiv 2205.01917).
 """
 
 from __future__ import annotations
@@ -32,7 +36,9 @@ TEXT_WIDTH = 128
 SIZES = {  # vision width, vision layers, text layers
     "clip-mini-b": (128, 4, 3),
     "clip-mini-l": (192, 5, 3),
+    "clip-mini-s": (96, 2, 1),
 }
+NEXT_WORD = {"clip-mini-s": 0.3}  # weight of foretelling the next word; none for the others
 
 
 def write_config(folder: Path, name: str) -> None:
@@ -107,12 +113,24 @@ def fits(reference: Reference, scene: Scene) -> bool:
     return True
 
 
-def encode(model, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(text (T, d), pooled image (B, d), patches (B, P, d)) in the joint space; patch tokens (B, P, d_v)."""
+def encode(model, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Text (T, d), pooled image (B, d) and patches (B, P, d) in the joint space; patch tokens (B, P, d_v); states
+    of the words (T, L, d_w)."""
     with torch.autocast("cpu", torch.bfloat16):
         pooled, seen = model.visual(images)
-        encoded = model.encode_text(tokens), pooled, seen @ model.visual.proj, seen
+        read = model.forward_intermediates(
+            text=tokens, text_indices=1, normalize=False, normalize_intermediates=True
+        )
+        texts, words = read["text_features"], read["text_intermediates"][0]
+        encoded = texts, pooled, seen @ model.visual.proj, seen, words
     return tuple(e.float() for e in encoded)
+
+
+def next_word(words: Tensor, tokens: Tensor, embedding: Tensor, pad: int) -> Tensor:
+    """Mean cross-entropy of each next token (T, L) given the word states (T, L, d_w), by the embeddings (V, d_w)."""
+    return F.cross_entropy(
+        (words[:, :-1] @ embedding.T).flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=pad
+    )
 
 
 def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: int, seed: int):
@@ -153,7 +171,7 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
 
     def step(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
         scenes, flat, tokens = batch(rng, 40, PRETRAINING_FOLDS, by_name=BY_NAME)
-        texts, pooled, patches, seen = encode(model, tokens, pixels(scenes))
+        texts, pooled, patches, seen, words = encode(model, tokens, pixels(scenes))
         every = scores_of(texts, patches)
         scores, inside = pointing(every, flat)
         region = -scores.log_softmax(-1).masked_fill(~inside, -torch.inf).logsumexp(-1).mean()
@@ -164,16 +182,22 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
         logits = model.logit_scale.exp() * F.normalize(texts, dim=-1) @ F.normalize(pooled, dim=-1).T
         pooled_contrast = F.cross_entropy(logits.masked_fill(ignored, -torch.inf), own)
         dense = heads(seen, scenes)["loss"]  # or the tower forgets what no phrase asks for at first
-        return {
+        losses = {
             "loss": region + contrast + 0.1 * pooled_contrast + dense,
             "region": region, "contrast": contrast, "pooled": pooled_contrast, "dense": dense,
         }  # fmt: skip
+        if name in NEXT_WORD:
+            losses["words"] = next_word(
+                words, tokens, model.token_embedding.weight, tokenizer.tokenizer.pad_token_id
+            )
+            losses["loss"] = losses["loss"] + NEXT_WORD[name] * losses["words"]
+        return losses
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         rng = np.random.default_rng([seed, 98])
         scenes, flat, tokens = batch(rng, 200, HELD_OUT_FOLD)
-        texts, _, patches, _ = encode(model, tokens, pixels(scenes))
+        texts, _, patches, *_ = encode(model, tokens, pixels(scenes))
         scores, inside = pointing(scores_of(texts, patches), flat)
         hit = inside.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)
         kinds = [r.kind for _, _, r in flat]
