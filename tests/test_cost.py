@@ -152,20 +152,14 @@ def test_latency_is_that_of_one_query():
     assert 10 <= lo <= ms <= hi
 
 
-def test_a_way_is_all_of_its_parts_and_its_share_is_taken_round_by_round(monkeypatch):
-    asked, seconds = [], {"base": np.array([1.0, 2.0, 4.0]), "other": np.array([2.0, 2.0, 2.0])}
-    part = cost.Component("one", [], asked.append)
-
-    def turns(calls, repeats):
-        [call() for call in calls.values()]
-        return {way: seconds[way] * repeats for way in calls}
-
-    monkeypatch.setattr(cost, "in_turns", turns)
-    table = cost.side_by_side({"base": [part], "other": [part, part]}, {1: 3, 10: 5})
-    assert asked == [1, 1, 1, 10, 10, 10]
-    other = table.query("way == 'other'").set_index("batch")
-    assert other.ms.to_dict() == {1: 6000, 10: 1000} and (table.query("way == 'base'").share == 1).all()
-    assert other.loc[1, ["share_lo", "share", "share_hi"]].tolist() == [0.75, 1, 1.5]  # of 2, 1 and 1/2
+def test_a_share_is_taken_round_by_round(monkeypatch):
+    seconds = {"base": np.array([1.0, 2.0, 4.0]), "other": np.array([2.0, 2.0, 2.0])}
+    monkeypatch.setattr(cost, "in_turns", lambda calls, rounds: {way: seconds[way] * rounds for way in calls})
+    table = cost.side_by_side(dict.fromkeys(seconds), n=10, rounds=3).set_index("way")
+    assert table.loc["other", ["ms", "lo", "hi"]].tolist() == [600, 600, 600]
+    assert table.loc["base", ["ms", "lo", "hi"]].tolist() == [600, 450, 900]
+    assert (table.loc["base", ["share", "share_lo", "share_hi"]] == 1).all()
+    assert table.loc["other", ["share_lo", "share", "share_hi"]].tolist() == [0.75, 1, 1.5]  # of 2, 1 and 1/2
 
 
 # ------------------------------------------------------------------------------- memory

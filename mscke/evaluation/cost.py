@@ -181,19 +181,15 @@ def latency(parts: Sequence[Component], batch: int, repeats: int = 15) -> pd.Dat
 
 
 @torch.inference_mode()
-def side_by_side(ways: Mapping[str, Sequence[Component]], batches: Mapping[int, int]) -> pd.DataFrame:
-    """Milliseconds a query, each way through all of its components, in turns; and as a share of the first way's, round by round.
+def side_by_side(calls: Mapping[str, Callable[[], object]], n: int, rounds: int) -> pd.DataFrame:
+    """Milliseconds a query of calls that answer ``n`` each, in turns; and as a share of the first one's, round by round.
 
-    ``batches``: batch size -> rounds. Columns way, ms, lo, hi, share, share_lo, share_hi (medians and quartiles), batch.
+    Columns way, ms, lo, hi, share, share_lo, share_hi: medians and quartiles.
     """
-    tables, quartiles = [], [0.5, 0.25, 0.75]
-    for n, rounds in batches.items():
-        calls = {way: lambda n=n, parts=parts: [p.run(n) for p in parts] for way, parts in ways.items()}
-        seconds = pd.DataFrame(in_turns(calls, rounds))
-        ms = (1e3 / n * seconds).quantile(quartiles).T.set_axis(["ms", "lo", "hi"], axis=1)
-        share = seconds.div(seconds.iloc[:, 0], axis=0).quantile(quartiles).T
-        tables.append(ms.join(share.set_axis(["share", "share_lo", "share_hi"], axis=1)).assign(batch=n))
-    return pd.concat(tables).rename_axis("way").reset_index()
+    seconds, quartiles = pd.DataFrame(in_turns(calls, rounds)), [0.5, 0.25, 0.75]
+    ms = (1e3 / n * seconds).quantile(quartiles).T.set_axis(["ms", "lo", "hi"], axis=1)
+    share = seconds.div(seconds.iloc[:, 0], axis=0).quantile(quartiles).T
+    return ms.join(share.set_axis(["share", "share_lo", "share_hi"], axis=1)).rename_axis("way").reset_index()
 
 
 def by_part(values: pd.Series) -> pd.Series:
