@@ -91,14 +91,15 @@ def before_and_after(
 def plot_readers(texts: Sequence[Sequence[str]], weights: Sequence[np.ndarray]) -> Figure:
     """What each reader reads of each text: a row of words a text, a panel a text, a line a reader.
 
-    ``texts``: words; ``weights``: (words, readers) for each text, columns that sum to 1.
+    ``texts``: words; ``weights``: (words, readers) for each text, columns that sum to 1;
+    the greatest of all is the darkest.
     """
     readers = weights[0].shape[1]
     size = (8.2, (0.2 * readers + 0.42) * len(texts) + 0.3)
     fig, axes = plt.subplots(len(texts), 1, figsize=size, squeeze=False)
-    longest = max(map(len, texts))
+    longest, most = max(map(len, texts)), max(weight.max() for weight in weights)
     for ax, words, weight in zip(axes[:, 0], texts, weights, strict=True):
-        ax.imshow(weight.T, "Blues", vmin=0, vmax=1, aspect="auto")
+        ax.imshow(weight.T, "Blues", vmin=0, vmax=most, aspect="auto")
         ax.set_xticks(range(len(words)), words, fontsize=8.5)
         ax.set_yticks(range(readers), range(1, readers + 1), fontsize=7)
         ax.set_xlim(-0.5, longest - 0.5)
