@@ -117,8 +117,8 @@ facts from GeoNames; weights are half-precision safetensors. `blip2-mini` and `m
 MiniGPT-4-mini looks through BLIP-2-mini's frozen vision tower and Q-Former, as MiniGPT-4 does through BLIP-2's;
 of the two it is the weaker, above all about places and where a thing is referred to by name. The CLIPs were
 trained with a region term that OpenAI's had not: a phrase must point at the patches of what it names.
-`clip-mini-s` is small beside the language models, as a real CLIP is beside a real one; it was trained for longer than
-the other two, and the states of its words had to foretell the next word.
+`clip-mini-s` is small beside the language models, as a real CLIP is beside a real one; it was trained for some five times as many
+steps as the other two (mini-L took more minutes), and the states of its words had to foretell the next word.
 
 **Use** them to study editing methods where everything is known. **Do not use** them to see or read
 anything but such scenes: they know 48 kinds of things, eight colours, nine places and 100 countries, and

@@ -7,9 +7,9 @@ image's own patch embeddings. For that a patch must know where it is and what li
 dense stage before it teaches. Real CLIPs acquire such things from scale; here they are taught, relations
 ("just left of the owl") with them.
 
-``clip-mini-s`` is the light one, a fifth of ``clip-mini-l`` and taught for five times as many steps. Pointing needs to know
-which thing is meant and not what is asked of it, and the longer it is taught, the more alike "where" and "what"
-become. So the states of its words must also foretell the next word, as a captioner's do (CoCa, arXiv 2205.01917).
+``clip-mini-s`` is the light one, a fifth of ``clip-mini-l`` and taught for nearly five times as many steps. Pointing needs to
+know which thing is meant and not what is asked of it, and nothing in it keeps "where" and "what" apart. So the states
+of its words must also foretell the next word, as a captioner's do (CoCa, arXiv 2205.01917).
 """
 
 from __future__ import annotations

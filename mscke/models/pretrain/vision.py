@@ -1,6 +1,6 @@
 """Vision first, alone: every patch learns to name what lies under it, before any text is read.
 
-One dense stage serves three towers: BLIP-2-mini's ViT and those of the two mini CLIPs.
+One dense stage serves four towers: BLIP-2-mini's ViT and those of the three mini CLIPs.
 """
 
 from __future__ import annotations
