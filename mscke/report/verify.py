@@ -20,13 +20,8 @@ from mscke.config import ROOT
 from mscke.report.paper import PAIRED, reported_main
 
 TABLE = "figures/tables/main_results.csv"
-TIMED = (
-    "bench",
-    "beyond_latency",
-    "beyond_paper_seconds",
-    "cost",
-    "cost_beside_paper",
-)  # tables that no two runs share
+# tables that no two runs share
+TIMED = ("bench", "beyond_latency", "beyond_paper_seconds", "cost", "cost_beside_paper")
 KEYS = ["backbone", "method", "metric"]
 RULE = (
     "Generated answers, per cent. Tolerance: half the width of the committed 95 % interval, or one edit in n "
