@@ -16,9 +16,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,21 +25,13 @@ import torch
 from torch import Tensor
 
 from mscke.benchmark.sample import Edit
+from mscke.changes import Change
 from mscke.models.decoding import in_batches
 
 TABLE, LOCK, PICTURES = "edits", "writer.lock", "pictures"
 FRAGMENTS = 256  # appends after which the small files are put together, for each append lists them all
 AT_ONCE = 1000  # lost pictures that are looked for together
 KEEP = timedelta(hours=1)  # that a reader has before files nobody newly opened needs are deleted
-
-
-class Change(NamedTuple):
-    """One entry of a memory's log: the ids that were added, removed, or by an undo set back."""
-
-    version: int
-    change: str  # add, remove or undo
-    ids: tuple[int, ...]
-    time: datetime
 
 
 def table_schema(dim: int, fingerprint: str) -> pa.Schema:

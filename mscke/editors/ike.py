@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mscke.benchmark.sample import EditRecord, Query
 from mscke.editors.serac import MiniLMEncoder
+from mscke.memory import EditMemory
 from mscke.models.decoding import NEW_TOKENS, Forced, by_length, generate, normalise_answer, teacher_force
 from mscke.models.mllm import MLLM
 from mscke.models.prompts import IN_CONTEXT, TEMPLATE
@@ -128,10 +129,12 @@ class IKE:
         return "".join(reversed(cases)) + IN_CONTEXT.format(record.edit.prompt, record.edit.answer)
 
     def edit(self, records: Sequence[EditRecord]) -> InContextModel:
-        """Write the context of each record's edit; the base model stays as it is."""
-        found, edits = self.neighbours(records).tolist(), self._embed(records)
+        """Write the context of each record's edit; the base model stays as it is. Of one fact the last edit is told."""
+        found, memory = self.neighbours(records).tolist(), EditMemory(self.encoder.dim)
         contexts = [self.context(record, rows) for record, rows in zip(records, found, strict=True)]
-        return InContextModel(self.base, contexts, lambda q: (self.encoder(q).text @ edits.T).argmax(1))
+        memory.add([r.edit for r in records], self._embed(records))
+        ids, edits = memory.ids, memory.embeddings
+        return InContextModel(self.base, contexts, lambda q: ids[(self.encoder(q).text @ edits.T).argmax(1)])
 
 
 def choose_k(

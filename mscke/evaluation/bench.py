@@ -30,7 +30,7 @@ from mscke.editors import build
 from mscke.editors.finetune import FineTune
 from mscke.editors.mscke import MSCKE
 from mscke.evaluation import bench_memory
-from mscke.evaluation.bench_timing import alike, compare, encoding
+from mscke.evaluation.bench_timing import alike, compare, encoding, many
 from mscke.evaluation.protocol import evaluate
 from mscke.evaluation.run import made_of
 from mscke.memory import EditMemory
@@ -50,7 +50,7 @@ def memory_of(classifier: ScopeClassifier, records: Sequence[EditRecord], n: int
     """A memory of n edits: those of ``records``, and beyond them embeddings :func:`alike`."""
     queries, answers = [r.queries["reliability"] for r in records], [r.edit.answer for r in records]
     memory, edits = EditMemory(classifier.dim), [r.edit for r in records]
-    memory.add((edits * -(-n // len(edits)))[:n], alike(classifier.embed(queries, answers), n))
+    memory.add(many(edits, n), alike(classifier.embed(queries, answers), n))
     return memory
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from mscke.benchmark.sample import Edit, EditRecord
 from mscke.classifier import ScopeClassifier
-from mscke.evaluation.bench_timing import alike, compare, encoding
+from mscke.evaluation.bench_timing import alike, compare, encoding, many
 from mscke.evaluation.cost import in_turns
 from mscke.memory import EditMemory
 from mscke.search import EXACT, Codes
@@ -62,11 +62,6 @@ def rows(
         *routing(embed, memory, exact=True),
         *recall(classifier, memory, records[:ASKED]),
     ]  # fmt: skip
-
-
-def many(edits: Sequence[Edit], n: int) -> list[Edit]:
-    """n edits: these, over and over."""
-    return (list(edits) * -(-n // len(edits)))[:n]
 
 
 def routing(embed: Callable[[int], Tensor], memory: EditMemory, exact: bool = False) -> list[dict]:

@@ -85,8 +85,8 @@ def _captured(editor: MSCKE, base: MLLM, records: Sequence[EditRecord], pairs: p
 
 def _route(editor: MSCKE, records: Sequence[EditRecord], sizes: Iterable[int], seed: int) -> pd.DataFrame:
     """Who wins each query at each size, and by what score."""
-    model, n_roles = editor.edit(records), len(ROLES)
-    classifier, matrix = model.router.classifier, model.router.memory.embeddings
+    classifier, n_roles = editor.classifier, len(ROLES)
+    matrix = classifier.embed([r.queries["reliability"] for r in records], [r.edit.answer for r in records])
     z = classifier.embed([r.queries[role] for r in records for role in ROLES])
     z = z.unflatten(0, (len(records), n_roles))
     own = classifier.score((matrix.unsqueeze(1) - z).square().sum(-1)).numpy()  # (R, 5)
