@@ -154,11 +154,12 @@ class EditMemory:
         """
         edits = [self._edits[i] for i in self.ids.tolist()]
         prompts = [Query(e.prompt, e.image) for e in edits]
-        memory = EditMemory.of(classifier, path)
+        memory = EditMemory.open(path, classifier.fingerprint(), classifier.dim)
         if memory.log():
             memory.close()
             raise FileExistsError(f"there is a memory at {path} already; give a path where there is none")
-        memory.add(edits, classifier.embed(prompts, [e.answer for e in edits]))
+        memory.add(edits, classifier.embed(prompts, [e.answer for e in edits]))  # all: none revises another
+        memory.within = classifier.within
         return memory
 
     @torch.inference_mode(False)  # begun while scoring, it can be added to at any time
