@@ -17,8 +17,7 @@ import functools
 import hashlib
 import os
 import unicodedata
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -51,19 +50,30 @@ class Facts:
     """What the first ``n`` edits of a memory are about: finds those that a new one revises."""
 
     def __init__(self, edits: Sequence[Edit] = ()):
-        self.n = 0
-        self._said: dict[tuple[str, str], list[int]] = defaultdict(list)
-        self._on: dict[str, list[int]] = defaultdict(list)
+        self._last: dict[
+            tuple[str, ...], int
+        ] = {}  # the last edit in these words on this picture, and on it at all
+        self._before: list[
+            tuple[int, int]
+        ] = []  # by id: the one before it of the same words, and on the same picture
         for edit in edits:
             self._enter(edit)
 
-    def _enter(self, edit: Edit) -> tuple[list[int], list[int]]:
-        """Give the edit the next id; the earlier ids of its wording, and of its picture, ascending."""
+    @property
+    def n(self) -> int:
+        return len(self._before)
+
+    def _enter(self, edit: Edit) -> None:
+        """Give the edit the next id."""
         picture = picture_key(edit.image)
-        for known in (said := self._said[picture, wording(edit.prompt)], on := self._on[picture]):
-            known.append(self.n)
-        self.n += 1
-        return said[:-1], on[:-1]
+        keys = (picture, wording(edit.prompt)), (picture,)
+        self._before.append(tuple(self._last.get(key, -1) for key in keys))
+        self._last |= dict.fromkeys(keys, self.n - 1)
+
+    def _earlier(self, i: int, by: int) -> Iterator[int]:
+        """The ids before i, the last one first: of the same words (0) or on the same picture (1)."""
+        while (i := self._before[i][by]) >= 0:
+            yield i
 
     def revise(
         self, edits: Sequence[Edit], z: Tensor, matrix: Tensor, here: Tensor, within: float
@@ -77,11 +87,13 @@ class Facts:
         n, gone = self.n, set()
         stands = lambda i: i not in gone and (i >= n or bool(here[i]))  # noqa: E731
         vector = lambda i: z[i - n] if i >= n else matrix[i]  # noqa: E731
-        for edit, mine in zip(edits, z, strict=True):
-            said, on = self._enter(edit)
-            # of one wording no more than one stands: the last
-            same = next(([i] for i in reversed(said) if stands(i)), [])
-            near = on if within else ()
-            same += [i for i in near if stands(i) and (vector(i) - mine).square().sum() <= within]
+        for edit in edits:
+            self._enter(edit)
+            new = self.n - 1
+            # of the same words no more than one stands: the last
+            same = next(([i] for i in self._earlier(new, by=0) if stands(i)), [])
+            if within:
+                near = (i for i in self._earlier(new, by=1) if stands(i))
+                same += [i for i in near if (vector(i) - vector(new)).square().sum() <= within]
             gone.update(same)
         return sorted(gone)
