@@ -17,16 +17,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mscke.alone import in_turn, uninterrupted
 from mscke.benchmark.sample import Edit, Query
 from mscke.search import Index
-from mscke.store import Change, EditStore, uninterrupted
+from mscke.store import Change, EditStore
 
 
+@in_turn("embed_again")  # which takes minutes
 class EditMemory:
     """Edits (image, prompt, answer) and a matrix of their embeddings.
 
     Each edit is embedded once, when it is written; a lookup is one matrix product. An id is a place in the
-    matrix and never used again: what is removed keeps its place, so that it can be brought back.
+    matrix and never used again: what is removed keeps its place, so that it can be brought back. Threads may share it.
     """
 
     def __init__(self, dim: int, fingerprint: str = ""):
@@ -41,7 +43,9 @@ class EditMemory:
         """The memory kept in folder ``path``; with ``dim`` a new one where there is none (FileNotFoundError).
 
         One writer at a time (BlockingIOError), any number of readers, who see it as it was when they
-        opened it. Raises ValueError if another classifier than ``fingerprint`` wrote it.
+        opened it and write nothing into it. Raises ValueError if another classifier than ``fingerprint`` wrote it, or it
+        is damaged. An edit shows the picture that it was stored with, whatever became of the file until now (a
+        warning says so); a file overwritten while the memory is open is noticed when it is opened again.
         """
         store = EditStore(path, dim, fingerprint, read_only)
         try:
@@ -139,7 +143,8 @@ class EditMemory:
 
         Raises FileExistsError if something was written there before.
         """
-        edits = [self._edits[i] for i in self.ids.tolist()]
+        ids = self.ids.tolist()
+        edits = self._store.edits(ids) if self._store else [self._edits[i] for i in ids]
         prompts = [Query(e.prompt, e.image) for e in edits]
         memory = EditMemory.open(path, classifier.fingerprint(), classifier.dim)
         if memory.log():
@@ -167,10 +172,9 @@ class EditMemory:
         """Append to the disk; where that fails become what is there: the change may have been committed."""
         try:
             self._store.append(entry, edits, z)
-        except (PermissionError, FileNotFoundError):  # refused before anything was written
-            raise
-        except BaseException:
-            self._recall(*self._store.read())
+        except BaseException as error:
+            if not isinstance(error, PermissionError | FileNotFoundError):  # which come before the writing
+                self._recall(*self._store.read())
             raise
 
     @torch.inference_mode(False)

@@ -2,55 +2,36 @@
 
 A change is there as a whole or not at all: LanceDB links a finished manifest into place. Nothing is forced
 to the disk at once, so it survives the death of the process, but not a power cut within seconds. What a memory
-*is* follows from its changes in their order (:class:`mscke.memory.EditMemory`).
+*is* follows from its changes in their order (:class:`mscke.memory.EditMemory`). An edit's picture is stored with
+it, and is what it means: its path is only where the picture was (:mod:`mscke.pictures`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-import signal
-import threading
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from mscke.alone import FolderLock
 from mscke.benchmark.sample import Edit
+from mscke.changes import LATER, Change, in_order, table_schema, to_changes, to_rows, whole
 from mscke.models.decoding import in_batches
+from mscke.pictures import scratch, shows, write_out
 
-TABLE, LOCK, PICTURES = "edits", "writer.lock", "pictures"
+TABLE, PICTURES = "edits", "pictures"
 FRAGMENTS = 256  # appends after which the small files are put together, for each append lists them all
-AT_ONCE = 1000  # lost pictures that are looked for together
+AT_ONCE = 1000  # stored pictures that are written out together
 KEEP = timedelta(hours=1)  # that a reader has before files nobody newly opened needs are deleted
-
-
-class Change(NamedTuple):
-    """One entry of a memory's log: the ids that were added, removed, or by an undo set back."""
-
-    version: int
-    change: str  # add, remove or undo
-    ids: tuple[int, ...]
-    time: datetime
-
-
-def table_schema(dim: int, fingerprint: str) -> pa.Schema:
-    """A row an edit of a change; only those of an "add" carry the edit and its embedding."""
-    columns = {
-        "version": pa.int64(), "change": pa.string(), "id": pa.int64(), "time": pa.timestamp("us", tz="UTC"),
-        "image": pa.string(), "picture": pa.large_binary(), "prompt": pa.string(), "answer": pa.string(),
-        "embedding": pa.list_(pa.float32(), dim),
-    }  # fmt: skip
-    return pa.schema(columns.items(), metadata={"classifier": fingerprint})
 
 
 class EditStore:
@@ -59,12 +40,14 @@ class EditStore:
     def __init__(self, path: str | Path, dim: int | None, fingerprint: str | None, read_only: bool):
         """Open the table in folder ``path``; a writer that gives ``dim`` makes it where there is none.
 
-        Raises FileNotFoundError without a table to open, BlockingIOError while another writes, ValueError
-        if another width or another classifier than ``fingerprint`` was given.
+        Raises FileNotFoundError without a table to open, BlockingIOError while another writes, OSError where a
+        writer may not write, ValueError if the table is damaged, or if another width or another classifier than
+        ``fingerprint`` was given.
         """
-        self.path, self._lock, self._process = Path(path), None, os.getpid()
+        self.path, self._lock = folder_at(path), None
+        self._pictures = None if read_only else self.path / PICTURES
         if not read_only and (dim is not None or self.path.is_dir()):
-            self._lock = _lock(self.path)
+            self._lock = FolderLock(self.path)
         try:
             self._table = self._open(dim, fingerprint)
             self.dim = self._table.schema.field("embedding").type.list_size
@@ -78,16 +61,34 @@ class EditStore:
     def _open(self, dim: int | None, fingerprint: str | None):
         import lancedb  # a second to import, and few need a table
 
-        if any(self.path.glob(f"{TABLE}.lance/_versions/*.manifest")):
-            return lancedb.connect(self.path).open_table(TABLE)
+        folder = self.path / f"{TABLE}.lance"
+        if any(folder.glob("_versions/*.manifest")):
+            with self._legible():
+                return lancedb.connect(self.path).open_table(TABLE)
+        # who is killed while making a table leaves no data
+        if folder.is_file() or any(folder.glob("data/*")):
+            raise ValueError(
+                f"{self.path} is damaged: {folder} holds data, but lacks the manifests in _versions that say what "
+                "they are; copy all of it once more. Nothing was begun over it"
+            )
         if not self._lock or dim is None:
             raise FileNotFoundError(
                 f"no memory at {self.path}; to begin one, open it for writing and give dim="
             )
         # who was killed while making one may have left a table without a version, which cannot be opened
-        mode = "overwrite" if (self.path / f"{TABLE}.lance").exists() else "create"
+        mode = "overwrite" if folder.exists() else "create"
         schema = table_schema(dim, fingerprint or "")
         return lancedb.connect(self.path).create_table(TABLE, schema=schema, mode=mode)
+
+    @contextmanager
+    def _legible(self) -> Iterator[None]:
+        """LanceDB's errors in reading, with the memory's name."""
+        try:
+            yield
+        except Exception as error:
+            raise ValueError(
+                f"{self.path} is damaged: files of its table are missing, cut off or barred ({error}); use a copy of it"
+            ) from error
 
     def _check(self, dim: int | None, fingerprint: str | None) -> None:
         if fingerprint is not None and fingerprint != self.fingerprint:
@@ -103,21 +104,21 @@ class EditStore:
 
         Raises PermissionError when opened for reading, FileNotFoundError for an edit without its image.
         """
-        if self._lock is None:
+        if not self._lock or not self._lock.held:
             raise PermissionError(
-                f"{self.path} was opened for reading or is closed; open it without read_only to change it"
+                f"{self.path} was opened for reading or by another process, or is closed; "
+                "open it without read_only to change it"
             )
-        n, none = len(change.ids), [None] * len(change.ids)
-        texts = [[getattr(e, name) for e in edits] or none for name in ("image", "prompt", "answer")]
-        picture = {image: _picture(image) for image in dict.fromkeys(e.image for e in edits)}
-        pictures = [picture[e.image] for e in edits] or none
-        rows = none if embeddings is None else _vectors(embeddings)
-        version, kind, time = [change.version] * n, [change.change] * n, [change.time] * n
-        columns = [version, kind, change.ids, time, texts[0], pictures, *texts[1:], rows]
-        self._table.add(pa.table(columns, schema=self._table.schema))
+        if lacking := self._lacking():
+            self._table.add_columns(lacking)
+        self._table.add(to_rows(change, edits, embeddings, self._table.schema))
         self._appends += 1
         if self._appends % FRAGMENTS == 0:
             self._tidy()
+
+    def _lacking(self) -> dict[str, str]:
+        """What a table of the first edition lacks."""
+        return {name: sql for name, sql in LATER.items() if name not in self._table.schema.names}
 
     def _tidy(self) -> None:
         try:
@@ -125,123 +126,86 @@ class EditStore:
         except Exception as error:  # the change is committed, whatever becomes of this
             warnings.warn(f"{self.path}: its small files could not be put together ({error})", stacklevel=3)
 
-    def read(self) -> tuple[list[Edit], Tensor, list[Change]]:
+    def read(self, damaged: bool = False) -> tuple[list[Edit], Tensor, list[Change]]:
         """All that was ever added, by id, its embeddings (N, dim) float32, and the changes in order.
 
-        Raises ValueError if ids or versions do not count up from their first: the table is damaged then.
+        Raises ValueError if the table cannot be read, or if ids or versions do not count up from their first and
+        it may not be ``damaged``: what was added is then in the order of the changes.
         """
         names = [name for name in self._table.schema.names if name != "picture"]
-        rows = _sorted(self._table.search().select(names).limit(None).to_arrow(), "version")
+        columns = dict(zip(names, names, strict=True)) | self._lacking()
+        with self._legible():
+            rows = in_order(self._table.search().select(columns).limit(None).to_arrow())
         adds = pa.compute.equal(rows["change"], "add")
-        added = _sorted(rows if pa.compute.all(adds).as_py() else rows.filter(adds), "id")
-        changes = _changes(rows)
-        if not _counts_up(added["id"], 0) or not _counts_up([c.version for c in changes], 1):
+        added = rows if pa.compute.all(adds).as_py() else rows.filter(adds)
+        changes = to_changes(rows)
+        if not damaged and (n := whole(changes)) < len(changes):
             raise ValueError(
-                f"{self.path} is damaged: its ids or versions repeat or leave some out; use a copy of it"
+                f"{self.path} is damaged: its ids or versions repeat or leave some out. Of {len(changes)} changes the "
+                f"first {n} are whole, and all {len(added)} edits that were ever added can be read: "
+                f"mscke.salvage.recover({str(self.path)!r}, another_path) puts what is left into a new memory"
             )
         edits = list(map(Edit, *(added[name].to_pylist() for name in ("image", "prompt", "answer"))))
         flat = added["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return self._with_images(edits), torch.tensor(flat).view(-1, self.dim), changes
+        return self._as_stored(edits, added), torch.tensor(flat).view(-1, self.dim), changes
 
-    def _with_images(self, edits: list[Edit]) -> list[Edit]:
-        """The edits; where an image is no longer at its path, it is written out from the table."""
-        first = {e.image: i for i, e in reversed(list(enumerate(edits)))}  # the first edit on each image
-        gone = {i: image for image, i in first.items() if not os.path.exists(image)}
-        found = {}
-        for some in in_batches(len(gone), AT_ONCE):
-            ids = ", ".join(map(str, list(gone)[some]))
-            rows = self._table.search().where(f"id IN ({ids}) AND change = 'add'").select(["id", "picture"])
-            for row in rows.limit(None).to_arrow().to_pylist():
-                image = gone[row["id"]]
-                path = _write_picture(self.path / PICTURES, row["picture"], Path(image).suffix)
-                found[image] = str(path)
-        return [replace(e, image=found[e.image]) if e.image in found else e for e in edits]
+    def edits(self, ids: Iterable[int]) -> list[Edit]:
+        """These edits, with their pictures looked at anew."""
+        edits = EditStore(self.path, None, None, read_only=True).read()[0]
+        return [edits[i] for i in ids]
+
+    def _as_stored(self, edits: list[Edit], rows: pa.Table) -> list[Edit]:
+        """The edits, each on the picture of its row: written out from the table if its file shows it no longer."""
+        kinds = rows.group_by(["image", "digest", "size", "mtime"]).aggregate([("id", "min")])
+        lost, overwritten, found = {}, {}, {}
+        for kind in kinds.to_pylist():
+            still = shows(kind["image"], kind["digest"], kind["size"], kind["mtime"])
+            if not still:
+                lost[kind["image"], kind["digest"]] = kind["id_min"]
+            if still is False:
+                overwritten[kind["image"]] = kind["id_min"]
+        for some in in_batches(len(lost), AT_ONCE):
+            some = dict(list(lost.items())[some])
+            with self._legible():
+                pictures = self._stored(some.values())
+                some = {(image, digest): pictures[digest] for image, digest in some}
+            for (image, digest), picture in some.items():
+                path = write_out(self._pictures or scratch(), picture, Path(image).suffix)
+                found[image, digest] = str(path)
+        if overwritten:
+            named = ", ".join(f"{image} (edit {i})" for image, i in list(overwritten.items())[:5])
+            warnings.warn(
+                f"{self.path}: {len(overwritten)} files show other pictures than when their edits were stored; "
+                f"the edits keep the stored ones: {named}", stacklevel=4
+            )  # fmt: skip
+        if not found:
+            return edits
+        digests = rows["digest"].to_pylist()
+        return [
+            replace(e, image=found.get((e.image, digest), e.image))
+            for e, digest in zip(edits, digests, strict=True)
+        ]
+
+    def _stored(self, ids: Iterable[int]) -> dict[bytes, bytes]:
+        """The pictures stored with these edits, by their digests."""
+        rows = self._table.search().where(f"id IN ({', '.join(map(str, ids))}) AND change = 'add'")
+        pictures = rows.select(["picture"]).limit(None).to_arrow()["picture"].to_pylist()
+        return {hashlib.sha256(picture).digest(): picture for picture in pictures}
 
     def close(self) -> None:
         """Let another writer in."""
-        if self._lock is not None:
-            if (
-                os.getpid() == self._process
-            ):  # a fork has the file, too: it does not hold the lock, nor does it let go
-                fcntl.flock(self._lock, fcntl.LOCK_UN)
-            self._lock.close()
-            self._lock = None
+        if self._lock:
+            self._lock.release()
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Within it SIGINT waits: LanceDB, interrupted, does not say whether it will commit."""
-    before, main = signal.getsignal(signal.SIGINT), threading.main_thread()
-    if threading.current_thread() is not main or before is None:  # it interrupts no other; None: not Python's
-        yield
-        return
-    asked = []
-    signal.signal(signal.SIGINT, lambda *_: asked.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if asked:
-        signal.raise_signal(signal.SIGINT)
+def folder_at(path: str | os.PathLike) -> Path:
+    """The folder that ``path`` names, whatever becomes of the working directory; ``~`` is the home.
 
-
-def _lock(folder: Path):
-    """The folder's lock, held until the file is closed: by the kernel when its process is killed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / LOCK, "a")  # noqa: SIM115 (stays open)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise BlockingIOError(
-            f"{folder} is being written by another; close that one, or open this one with read_only=True"
-        ) from None
-    return file
-
-
-def _sorted(rows: pa.Table, column: str) -> pa.Table:
-    """The rows by this column; they mostly are already, and a million take seconds to move."""
-    return rows if (np.diff(rows[column].to_numpy()) >= 0).all() else rows.sort_by(column)
-
-
-def _counts_up(numbers: Sequence[int], first: int) -> bool:
-    return np.array_equal(numbers, np.arange(first, first + len(numbers)))
-
-
-def _changes(rows: pa.Table) -> list[Change]:
-    """A change is the rows of one version and time: two of one version are two."""
-    versions, ids, kinds, times = (
-        rows["version"].to_numpy(),
-        rows["id"].to_numpy(),
-        rows["change"],
-        rows["time"],
-    )
-    starts = np.flatnonzero(
-        np.diff(versions, prepend=-1) | np.diff(times.cast("int64").to_numpy(), prepend=-1)
-    )
-    parts = np.split(ids, starts[1:]) if len(starts) else []
-    return [
-        Change(int(versions[i]), kinds[i].as_py(), tuple(part.tolist()), times[i].as_py())
-        for i, part in zip(starts.tolist(), parts, strict=True)
-    ]
-
-
-def _vectors(embeddings: Tensor) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.numpy().ravel()), embeddings.shape[1])
-
-
-def _picture(image: str) -> bytes:
-    try:
-        return Path(image).read_bytes()
-    except OSError as error:
-        raise FileNotFoundError(f"an edit's image {image} cannot be read; nothing was stored") from error
-
-
-def _write_picture(folder: Path, picture: bytes, suffix: str) -> Path:
-    """Named by what it shows, so that readers may write it at the same time."""
-    folder.mkdir(exist_ok=True)
-    path = folder / (hashlib.sha256(picture).hexdigest()[:16] + suffix)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_bytes(picture)
-    os.replace(temporary, path)
-    return path
+    Raises NotADirectoryError for a file, ValueError for an address (``s3://…``): the lock needs a folder.
+    """
+    if re.match(r"[A-Za-z][\w+.-]+:/", text := os.fspath(path)):
+        raise ValueError(f"{text} is an address; a memory lies in a folder of this machine")
+    folder = Path(os.path.expanduser(text)).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; a memory lies in a folder")
+    return folder

@@ -15,7 +15,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TRACKED = subprocess.run(["git", "-C", ROOT, "ls-files", "notebooks"], capture_output=True, text=True).stdout
 COMMITTED = [n for n in NOTEBOOKS if n.name in TRACKED] if TRACKED else NOTEBOOKS
 LAYERS = (
-    ("config", "workers"), ("benchmark",), ("models",), ("classifier", "search", "store", "memory", "router"),
+    ("config", "workers"), ("benchmark",), ("models",),
+    ("alone", "pictures", "changes", "store", "search", "memory", "salvage", "classifier", "router"),
     ("checkpoint", "fit", "training", "editors"),
     ("evaluation",), ("report",),
 )  # fmt: skip
