@@ -201,10 +201,15 @@ class EditStore:
 def folder_at(path: str | os.PathLike) -> Path:
     """The folder that ``path`` names, whatever becomes of the working directory; ``~`` is the home.
 
-    Raises NotADirectoryError for a file, ValueError for an address (``s3://…``): the lock needs a folder.
+    Raises NotADirectoryError for a file, ValueError for an address (``s3://…``), as the lock needs a folder, and for
+    a name that LanceDB cannot read.
     """
     if re.match(r"[A-Za-z][\w+.-]+:/", text := os.fspath(path)):
         raise ValueError(f"{text} is an address; a memory lies in a folder of this machine")
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text):
+        raise ValueError(
+            f"{text!r} has control characters or is not UTF-8; give the memory's folder another name"
+        )
     folder = Path(os.path.expanduser(text)).absolute()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a memory lies in a folder")
