@@ -30,7 +30,7 @@ ABOUT.07_beyond       := goes past the paper's limits: a grounded classifier, a 
 
 REPORT   := $(wildcard mscke/report/figures.py mscke/report/pictures.py mscke/report/tables.py)
 BENCHMARK := $(wildcard mscke/config.py mscke/benchmark/*.py)
-TRAINING := $(BENCHMARK) $(wildcard mscke/models/*.py mscke/classifier.py mscke/search.py mscke/store.py mscke/memory.py mscke/router.py mscke/checkpoint.py mscke/fit.py mscke/training.py) \
+TRAINING := $(BENCHMARK) $(wildcard mscke/models/*.py mscke/classifier.py mscke/storage/*.py mscke/memory.py mscke/router.py mscke/checkpoint.py mscke/fit.py mscke/training.py) \
             $(wildcard mscke/editors/*.py mscke/assets/*.safetensors mscke/assets/*/*.safetensors)
 RESULTS  := $(TRAINING) $(wildcard mscke/evaluation/*.py mscke/report/*.py)
 

@@ -24,7 +24,7 @@ from mscke.benchmark.sample import Query
 from mscke.models.attention import attend_folded, sum_patches
 from mscke.models.clip import ClipEncoder, Features
 from mscke.models.features import fingerprint
-from mscke.revision import SAME
+from mscke.storage.revision import SAME
 
 FUSIONS = ("text", "concat", "dot_pooled", "cross", "dot")  # those that the paper speaks of
 OURS = ("grounded",)
@@ -136,7 +136,7 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
 
     @property
     def within(self) -> float:
-        """Squared distance up to which two edits on one picture state the same fact (:mod:`mscke.revision`).
+        """Squared distance up to which two edits on one picture state the same fact (:mod:`mscke.storage.revision`).
 
         0 for a fusion that sees no more of a picture than its pooled vector.
         """

@@ -1,7 +1,7 @@
 """The multimodal edit memory: edits beside their embeddings; the base model is never touched.
 
 In RAM, or durable when opened on a path; both answer and forget alike. A later edit of the same fact
-(:mod:`mscke.revision` says which that is) takes an earlier one's place::
+(:mod:`mscke.storage.revision` says which that is) takes an earlier one's place::
 
     memory = EditMemory.of(classifier, "memory")    # begun there if there is none
     ids = memory.add(edits, embeddings)     # on disk when it returns
@@ -19,31 +19,31 @@ import torch
 from torch import Tensor
 
 from mscke.benchmark.sample import Edit, Query
-from mscke.changes import Change, Changes
-from mscke.revision import Facts
-from mscke.search import Index, checked
-from mscke.store import EditStore, uninterrupted
+from mscke.storage.alone import in_turn, uninterrupted
+from mscke.storage.changes import Change, Changes
+from mscke.storage.revision import Facts
+from mscke.storage.search import Index, checked
+from mscke.storage.store import EditStore
 
 
+@in_turn("embed_again")  # which takes minutes
 class EditMemory:
     """Edits (image, prompt, answer) and a matrix of their embeddings.
 
     Each edit is embedded once, when it is written; a lookup is one matrix product. An id is a place in the
     matrix and never used again: what is removed keeps its place, so that it can be brought back. ``within``:
-    squared distance up to which two edits on one picture state the same fact, as :meth:`of` has it from a classifier.
+    squared distance up to which two edits on one picture state the same fact, as :meth:`of` has it from a
+    classifier. Threads may share it.
     """
 
-    within = 0.0
-
     def __init__(self, dim: int, fingerprint: str = ""):
-        self.dim, self.fingerprint = dim, fingerprint
+        self.dim, self.fingerprint, self.within = dim, fingerprint, 0.0
         self._store: EditStore | None = None
         self._recall([], torch.empty(0, dim), [])
 
     @classmethod
     def of(cls, classifier, path: str | Path | None = None) -> EditMemory:
         """The memory of this classifier: in RAM, or :meth:`open` for writing in folder ``path``, begun if there is none."""
-        # in RAM it needs no name of the classifier: no other meets it
         memory = cls.open(path, classifier.fingerprint(), classifier.dim) if path else cls(classifier.dim)
         memory.within = classifier.within
         return memory
@@ -55,7 +55,9 @@ class EditMemory:
         """The memory kept in folder ``path``; with ``dim`` a new one where there is none (FileNotFoundError).
 
         One writer at a time (BlockingIOError), any number of readers, who see it as it was when they
-        opened it. Raises ValueError if another classifier than ``fingerprint`` wrote it.
+        opened it and write nothing into it. Raises ValueError if another classifier than ``fingerprint`` wrote it, or it
+        is damaged. An edit shows the picture that it was stored with, whatever became of the file until now (a
+        warning says so); a file overwritten while the memory is open is noticed when it is opened again.
         """
         store = EditStore(path, dim, fingerprint, read_only)
         try:
@@ -135,14 +137,14 @@ class EditMemory:
         return past
 
     def distances(self, embeddings: Tensor, among: Tensor) -> Tensor:
-        """Squared distance (B,) of each query to the one edit ``among`` names for it, a replaced one too (else KeyError)."""
+        """Squared distance (B,) of each query to the one edit, or replaced one, that ``among`` names (else KeyError)."""
         self._require(among.tolist(), self._changes.replaced)
         return (embeddings - self._index.matrix[among]).square().sum(-1)
 
     def nearest(self, embeddings: Tensor, k: int = 1, exact: bool = False) -> tuple[Tensor, Tensor]:
         """The k nearest edits of each query: (squared distances, ids), both (B, min(k, N)).
 
-        Found exactly up to :data:`mscke.search.EXACT` edits, beyond them by their codes unless ``exact`` is asked for.
+        Found exactly up to :data:`mscke.storage.search.EXACT` edits, beyond them by their codes unless ``exact`` is asked for.
         Raises ValueError for a query that is not finite.
         """
         return self._index.nearest(embeddings, k, exact)
@@ -152,20 +154,19 @@ class EditMemory:
 
         Raises FileExistsError if something was written there before.
         """
-        edits = [self._edits[i] for i in self.ids.tolist()]
-        prompts = [Query(e.prompt, e.image) for e in edits]
+        ids = self.ids.tolist()
+        edits = self._store.edits(ids) if self._store else [self._edits[i] for i in ids]
+        z = classifier.embed([Query(e.prompt, e.image) for e in edits], [e.answer for e in edits])
         memory = EditMemory.open(path, classifier.fingerprint(), classifier.dim)
         if memory.log():
             memory.close()
             raise FileExistsError(f"there is a memory at {path} already; give a path where there is none")
-        memory.add(edits, classifier.embed(prompts, [e.answer for e in edits]))  # all: none revises another
+        memory.add(edits, z)  # all of them: none revises another
         memory.within = classifier.within
         return memory
 
     @torch.inference_mode(False)  # begun while scoring, it can be added to at any time
-    def _commit(
-        self, change: str, ids: Sequence[int], replaced=(), edits=(), z: Tensor | None = None
-    ) -> None:
+    def _commit(self, change: str, ids: Sequence[int], replaced=(), edits=(), z: Tensor | None = None):
         """Make a change: on disk first, so that what is acknowledged is durable."""
         if not ids:
             return
@@ -183,10 +184,9 @@ class EditMemory:
         """Append to the disk; where that fails become what is there: the change may have been committed."""
         try:
             self._store.append(entry, edits, z)
-        except (PermissionError, FileNotFoundError):  # refused before anything was written
-            raise
-        except BaseException:
-            self._recall(*self._store.read())
+        except BaseException as error:
+            if not isinstance(error, PermissionError | FileNotFoundError):  # which come before the writing
+                self._recall(*self._store.read())
             raise
 
     @torch.inference_mode(False)

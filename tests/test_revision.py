@@ -17,7 +17,7 @@ from mscke.evaluation.revisions import KINDS, answered_by_later, second_edits, t
 from mscke.memory import EditMemory
 from mscke.models.clip import ClipEncoder
 from mscke.models.counterfactual import CounterfactualModel
-from mscke.revision import SAME, wording
+from mscke.storage.revision import SAME, wording
 
 pytest_plugins = ["tiny"]
 DIM = 4

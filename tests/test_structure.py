@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TRACKED = subprocess.run(["git", "-C", ROOT, "ls-files", "notebooks"], capture_output=True, text=True).stdout
 COMMITTED = [n for n in NOTEBOOKS if n.name in TRACKED] if TRACKED else NOTEBOOKS
 LAYERS = (
-    ("config", "workers"), ("benchmark",), ("models",), ("changes", "revision", "classifier", "search", "store", "memory", "router"),
+    ("config", "workers"), ("benchmark",), ("models",), ("storage", "classifier", "memory", "router"),
     ("checkpoint", "fit", "training", "editors"),
     ("evaluation",), ("report",),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """The edit memory from one edit to a million, as rows of ``bench.csv``.
 
 * ``memory_route``: seconds to route one query, its embedding and the search, against its embedding alone.
-  The search is exact up to :data:`mscke.search.EXACT` edits, beyond them by codes; ``memory_route_exact`` is
+  The search is exact up to :data:`mscke.storage.search.EXACT` edits, beyond them by codes; ``memory_route_exact`` is
   the last size against exact search among as many;
 * ``memory_bandwidth``: the bytes of the matrix that an exact search of one query gets through in a second,
   against those that summing it does;
@@ -32,7 +32,7 @@ from mscke.classifier import ScopeClassifier
 from mscke.evaluation.bench_timing import alike, compare, encoding, many
 from mscke.evaluation.cost import in_turns
 from mscke.memory import EditMemory
-from mscke.search import EXACT, Codes
+from mscke.storage.search import EXACT, Codes
 
 SIZES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 IN_SCOPE = ("reliability", "generality", "in_scope")
