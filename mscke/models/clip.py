@@ -166,7 +166,9 @@ class ClipEncoder:
 
 def text_only(tokenizer):
     """One of open_clip's tokenizers, from now on blind to its control tokens in what it is given."""
-    if (words := getattr(tokenizer, "tokenizer", None)) is not None:  # a tokenizer of transformers in open_clip's coat
+    if (
+        words := getattr(tokenizer, "tokenizer", None)
+    ) is not None:  # a tokenizer of transformers in open_clip's coat
         words.split_special_tokens = True
     else:  # OpenAI's: its pattern begins with them
         marks = "|".join(tokenizer.decoder[i] for i in tokenizer.all_special_ids) + "|"

@@ -45,7 +45,7 @@ class Room:
         if stored:
             raise TooLong(f"{found}. An edit's answer would be cut off: shorten it. Nothing was stored")
         self.cut |= long
-        warnings.warn(f"{found}. What is beyond them is not read: shorten the question", stacklevel=4)
+        warnings.warn(f"{found}. What is beyond them is not read: shorten the question", stacklevel=3)
 
 
 def check_records(base: MLLM, records: Sequence[EditRecord]) -> None:
@@ -54,12 +54,12 @@ def check_records(base: MLLM, records: Sequence[EditRecord]) -> None:
     Each question must fit in with the record's edit in its context, and with its answer, which may take
     ``encoder.reserve`` tokens at least: so the longest of its prompts is read.
     """
-    encoder, asked = base.encoder, [(r, role) for r in records for role in FIELDS]
-    texts = list({text for record, role in asked for text in _read(record, role)})
+    encoder, asked = base.encoder, [(r, role, _read(r, role)) for r in records for role in FIELDS]
+    texts = list({text for *_, read in asked for text in read})
     tokens = dict(zip(texts, map(len, encoder.text_ids(texts)), strict=True)) if texts else {}
     lines = {}
-    for record, role in asked:
-        *read, answer = (tokens[text] for text in _read(record, role))
+    for record, role, texts in asked:
+        *read, answer = (tokens[text] for text in texts)
         room = encoder.positions - encoder.prefix_length(record.queries[role].image is not None)
         if (total := sum(read) + max(answer, encoder.reserve)) > room:
             field, n = _longest(base, record, role)
