@@ -62,16 +62,16 @@ class Edit:
 
 def _check(part: Query | Edit, *texts: str) -> None:
     """Raise TypeError unless these fields are text and the image is a path or, in a query, None."""
-    what = type(part).__name__
     for name in texts:
         if not isinstance(found := getattr(part, name), str):
-            raise TypeError(f"{what}: {name} is {reprlib.repr(found)}; give text")
+            raise TypeError(f"{type(part).__name__}: {name} is {reprlib.repr(found)}; give text")
     image = part.image
-    if isinstance(image, os.PathLike):
-        image = os.fspath(image)
-        object.__setattr__(part, "image", image)
-    if not isinstance(image, str) and not (image is None and isinstance(part, Query)):
-        raise TypeError(f"{what}: image is {reprlib.repr(image)}; give the path of a file")
+    if isinstance(image, str) or (image is None and isinstance(part, Query)):
+        return
+    path = os.fspath(image) if isinstance(image, os.PathLike) else None
+    if not isinstance(path, str):
+        raise TypeError(f"{type(part).__name__}: image is {reprlib.repr(image)}; give the path of a file")
+    object.__setattr__(part, "image", path)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,10 @@ class MSCKE:
         self.name, self.threshold = name, threshold
 
     def edit(self, records: Sequence[EditRecord]) -> RoutedModel:
-        """Write the records' edits into a fresh memory; edit k gets id k."""
+        """Write the records' edits into a fresh memory; edit k gets id k.
+
+        Raises :class:`mscke.models.prompts.TooLong` for an edit that the classifier's CLIP would cut.
+        """
         edits = [r.edit for r in records]
         memory = EditMemory(self.classifier.dim)  # in RAM and of this classifier: no other meets it
         if edits:

@@ -106,7 +106,8 @@ class PromptEncoder:
         if len(told) + len(asked) > room:
             raise TooLong(
                 f"question {reprlib.repr(question)} has {len(asked):,} tokens, and its context {len(told):,}; the "
-                f"model has room for {room:,}: shorten them"
+                f"model has room for {room:,} (of {self.positions:,} the picture and the format take "
+                f"{len(prefix):,}, the answer {self.reserve:,}): shorten them"
             )
         return prefix + told + asked
 

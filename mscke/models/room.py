@@ -45,7 +45,7 @@ class Room:
         if stored:
             raise TooLong(f"{found}. An edit's answer would be cut off: shorten it. Nothing was stored")
         self.cut |= long
-        warnings.warn(f"{found}. What is beyond them is not read: shorten the question", stacklevel=3)
+        warnings.warn(f"{found}. What is beyond them is not read: shorten the question", stacklevel=4)
 
 
 def check_records(base: MLLM, records: Sequence[EditRecord]) -> None:
