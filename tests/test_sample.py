@@ -8,6 +8,7 @@ import re
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -130,15 +131,49 @@ def test_records_are_frozen_and_hashable(load):
 
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=9, max_size=9))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
-def test_any_text_survives_to_the_letter(load, texts):
+def test_any_text_survives_to_the_letter_but_for_blanks(load, texts):
     texts = [text if text.strip() else "x" for text in texts]
     row = a_row(alt=texts[8], **dict(zip(TEXT, texts, strict=False)))
     (record,) = load([row], check_images=False).records
     queries, answers = record.queries, record.answers
     assert [queries[k].question for k in queries] == [
-        row[k] for k in ("src", "rephrase", "fg_gen_q", "fg_loc_q", "loc")
+        row[k].strip() for k in ("src", "rephrase", "fg_gen_q", "fg_loc_q", "loc")
     ]
-    assert list(answers.values()) == [row[k] for k in ("alt", "alt", "fg_gen_a", "fg_loc_a", "loc_ans")]
+    assert list(answers.values()) == [
+        " ".join(row[k].split()) for k in ("alt", "alt", "fg_gen_a", "fg_loc_a", "loc_ans")
+    ]
+
+
+def test_blanks_around_questions_and_answers_are_taken_off_and_counted(load):
+    blank = {"alt": " owl", "fg_gen_a": "owl\n", "src": "\tWho is  it?\nSay. ", "loc_ans": "New \n York"}
+    loaded = load([a_row(), a_row(**blank), a_row(alt=" ", src=" passed over")])
+    record = loaded.records[1]
+    assert (loaded.skipped, loaded.stripped) == (1, 4)
+    assert (record.edit.answer, record.in_scope_answer, record.locality_answer) == ("owl", "owl", "New York")
+    assert record.edit.prompt == record.queries["reliability"].question == "Who is  it?\nSay."
+    assert load([a_row()]).stripped == 0
+
+
+def test_a_path_of_pathlib_is_taken_and_kept_as_text():
+    assert Query("Who?", Path("x.png")) == Query("Who?", "x.png") and Query("Who?").image is None
+    edit = Edit(Path("/a/x.png"), "Who?", "owl")
+    assert edit == Edit("/a/x.png", "Who?", "owl") and type(edit.image) is str
+
+
+@pytest.mark.parametrize(
+    "make, named",
+    [
+        (lambda: Query("Who?", 5), "Query: image is 5"),
+        (lambda: Query("Who?", b"x.png"), "Query: image is b'x.png'"),
+        (lambda: Query(Path("x.png"), "Who?"), "Query: question is .*x.png"),
+        (lambda: Edit(None, "Who?", "owl"), "Edit: image is None"),
+        (lambda: Edit("x.png", "Who?", 2), "Edit: answer is 2"),
+        (lambda: Edit("x.png", None, "owl"), "Edit: prompt is None"),
+    ],
+)
+def test_what_is_neither_text_nor_path_is_named(make, named):
+    with pytest.raises(TypeError, match=named):
+        make()
 
 
 def test_empty_alt_is_skipped_and_counted_and_ids_stay_file_positions(load):

@@ -27,6 +27,7 @@ from mscke.models.clip import ClipEncoder
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
+from mscke.models.room import check_records
 from mscke.models.sources import load_mllm, make_counterfactual
 from mscke.training import digest, train_counterfactual, write_whole
 from mscke.workers import in_processes, one_thread, processes
@@ -41,8 +42,13 @@ METHODS = ("FT-LLM", "IKE", "SERAC", "SERAC+fg", "MEND", "MSCKE", "MSCKE-MEND")
 
 
 def load_base(track: Track, backbone: str) -> MLLM:
-    """The frozen base model ``backbone`` of the track."""
-    return load_mllm(track, backbone, cache=track.features)
+    """The frozen base model ``backbone`` of the track.
+
+    Raises :class:`mscke.benchmark.sample.RecordError` for a record of the track that it has no room for.
+    """
+    base, bench = load_mllm(track, backbone, cache=track.features), load_benchmark(track)
+    check_records(base, [*bench.train, *bench.validation, *bench.test])
+    return base
 
 
 def clip_encoder(track: Track, clip: str | None = None) -> ClipEncoder:

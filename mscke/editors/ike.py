@@ -22,9 +22,9 @@ from torch import Tensor
 from mscke.benchmark.sample import EditRecord, Query
 from mscke.editors.serac import MiniLMEncoder
 from mscke.memory import EditMemory
-from mscke.models.decoding import NEW_TOKENS, Forced, by_length, generate, normalise_answer, teacher_force
+from mscke.models.decoding import Forced, by_length, generate, normalise_answer, teacher_force
 from mscke.models.mllm import MLLM
-from mscke.models.prompts import IN_CONTEXT, TEMPLATE
+from mscke.models.prompts import IN_CONTEXT, TEMPLATE, TooLong
 from mscke.training import IN_ROLES, ROLES
 
 # What the nearest demonstration asks, the second nearest, …: IKE's 1 copy : 3 updates : 4 retained
@@ -46,9 +46,8 @@ def largest_k(base: MLLM, records: Sequence[EditRecord]) -> int:
     The edit with its question and answer takes at most the place of one more.
     """
     texts = [demonstration(record, role) for record in records for role in ROLES]
-    longest = max(map(len, base.tokenizer(texts, add_special_tokens=False)["input_ids"]))
-    limit = base.model.config.text_config.max_position_embeddings
-    return max(0, (limit - base.encoder.prefix_length(True) - NEW_TOKENS) // longest - 1)
+    encoder, longest = base.encoder, max(map(len, base.encoder.text_ids(texts)))
+    return max(0, (encoder.positions - encoder.prefix_length(True) - encoder.reserve) // longest - 1)
 
 
 class InContextModel:
@@ -60,16 +59,15 @@ class InContextModel:
     def prompts(self, queries: Sequence[Query], among: Tensor | None = None) -> list[list[int]]:
         """Token ids of (B) conditioned prompts; without ``among`` the edit whose text is nearest is told.
 
-        Raises ValueError for a prompt that the model has not the positions for.
+        Raises :class:`TooLong` for a prompt that the model has not the positions for.
         """
         if not self.contexts:
             return self.base.prompts(queries)
         rows = self.nearest(queries) if among is None else among
-        prompts = self.base.prompts(queries, [self.contexts[i] for i in rows.tolist()])
-        limit = self.base.model.config.text_config.max_position_embeddings - NEW_TOKENS
-        if (longest := max(map(len, prompts), default=0)) > limit:
-            raise ValueError(f"a prompt of {longest} tokens exceeds {limit}: lower k (see largest_k)")
-        return prompts
+        try:
+            return self.base.prompts(queries, [self.contexts[i] for i in rows.tolist()])
+        except TooLong as error:
+            raise TooLong(f"{error}, or lower k (see largest_k)") from None
 
     def _size(self, prompts: list[list[int]]) -> int:
         """How many prompts a batch has: they are long."""

@@ -59,7 +59,10 @@ class MSCKE:
 
     def edit(self, records: Sequence[EditRecord]) -> RoutedModel:
         """Write the records' edits into a fresh memory; edit k gets id k. Of one fact the last edit answers, but
-        where a query is asked ``among`` one edit alone."""
+        where a query is asked ``among`` one edit alone.
+
+        Raises :class:`mscke.models.prompts.TooLong` for an edit that the classifier's CLIP would cut.
+        """
         edits = [r.edit for r in records]
         memory = EditMemory.of(self.classifier)
         if edits:

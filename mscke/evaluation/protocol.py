@@ -24,6 +24,7 @@ from mscke.evaluation.metrics import (
 )
 from mscke.models.decoding import Forced, in_batches, said
 from mscke.models.mllm import MLLM
+from mscke.models.room import check_records
 from mscke.workers import processes
 
 COLUMNS = "track backbone method protocol record metric value question expected answer".split()
@@ -37,7 +38,10 @@ def evaluate(
     Columns: track, backbone, method, protocol, record, metric, value in [0, 1], question, expected
     (the corrected answer, or the one before the edit), answer. Each record is edited alone, as in the
     paper, unless ``together`` puts all of them in force at once.
+
+    Raises :class:`mscke.benchmark.sample.RecordError` for a record that ``base`` has no room for.
     """
+    check_records(base, records)
     model = editor.edit(records)
     among = None if together else torch.arange(len(records)).repeat_interleave(len(ROLES))
     return named(ask(model, base, records, among), track, base.name, editor.name)
