@@ -43,7 +43,7 @@ NOTE      := *Executed on the track `$(PAPER)`. What the text says of results wa
 PAPERMILL := $(PYTHON) -m papermill -k python3 --cwd notebooks --no-progress-bar --log-output --execution-timeout 3600
 # On mini every output is compared but plots and timings (tagged nbval-ignore-output); on smoke, only those
 # that cannot depend on size (tagged nbval-check-output). Figures go elsewhere: what is timed then is not alone.
-NBVAL     := TQDM_DISABLE=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --nbval-current-env --nbval-cell-timeout 3600 \
+NBVAL     := TQDM_DISABLE=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --nbval-current-env --nbval-cell-timeout 3600 --nbval-kernel-startup-timeout 600 \
              --nbval-sanitize-with tests/nbval_sanitize.cfg
 TWO       := -n 2 --dist loadfile # two files at a time: hence the policy, else one's idle threads keep the other's waiting
 

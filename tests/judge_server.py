@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -17,7 +17,7 @@ class JudgeServer(ThreadingHTTPServer):
     def __init__(self, answer, faults=()):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answer, self.faults, self.lock = answer, deque(faults), threading.Lock()
-        self.bodies, self.headers, self.times = [], [], []
+        self.bodies, self.headers = [], []
         self.active = self.most_active = 0
 
     @property
@@ -38,7 +38,6 @@ class _Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.bodies.append(body)
             server.headers.append(dict(self.headers) | {"path": self.path})
-            server.times.append(time.monotonic())
             server.active += 1
             server.most_active = max(server.most_active, server.active)
             fault = server.faults.popleft() if server.faults else None
@@ -107,8 +106,17 @@ def sends(text):
     return lambda handler: handler.reply(text)
 
 
-def slow(seconds):
-    return lambda handler: time.sleep(seconds)
+def silent(handler):
+    """Say nothing until the client has gone."""
+    with suppress(OSError):
+        handler.connection.recv(1)
+    return hang_up(handler)
+
+
+def together(n):
+    """Answer when n requests are there at once."""
+    barrier = threading.Barrier(n, timeout=120)
+    return lambda handler: barrier.wait() and False
 
 
 def cut(handler):
@@ -125,9 +133,10 @@ def hang_up(handler):
 
 
 def drip(handler):
-    """Never quite silent, never done: a space every 50 ms for 6 s."""
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-    for _ in range(120):
-        handler.wfile.write(b" ")
-        time.sleep(0.05)
+    """Never quite silent, never done: a space every 50 ms until the client has gone."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+    with suppress(OSError):
+        while True:
+            handler.wfile.write(b" ")
+            time.sleep(0.05)
     return hang_up(handler)

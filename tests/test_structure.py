@@ -116,3 +116,76 @@ def test_committed_notebooks_are_executed_in_order(path):
         assert not [o for o in cell["outputs"] if o["output_type"] == "error"]
         if "nbval-check-output" in cell["metadata"].get("tags", []):
             assert cell["outputs"], "a check of no output checks nothing"
+
+
+# ------------------------------------------------------------------- nothing that is checked was timed
+
+TIMING = {
+    "in_turns",
+    "latency",
+    "side_by_side",
+    "measured",
+    "peak_memory",
+    "paper_seconds",
+    "whole_seconds",
+    "compare",
+}
+TIMING |= {"perf_counter", "monotonic", "process_time", "time", "timeit"}
+
+
+def names(node) -> set[str]:
+    """Names that an expression reads, and the attributes that it calls."""
+    called = {
+        n.func.attr for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+    }
+    return called | {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+def timed_checks(tree: ast.AST) -> list[str]:
+    """The assertions of a notebook or test that depend on what was timed, through however many names."""
+    timed, before = set(TIMING), None
+    while timed != before:
+        before = set(timed)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and names(node.value) & timed:
+                timed |= {
+                    n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)
+                }
+            if (
+                isinstance(node, ast.FunctionDef)
+                and not node.name.startswith("test_")
+                and names(node) & timed
+            ):
+                timed.add(node.name)
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and "assert_" in ast.unparse(n.func)]
+    checks = [*(n for n in ast.walk(tree) if isinstance(n, ast.Assert)), *calls]
+    return [ast.unparse(check) for check in checks if names(check) & timed]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_notebook_checks_what_it_timed(path):
+    code = "\n".join("".join(c["source"]) for c in cells(path))
+    assert not timed_checks(ast.parse(code.replace("%matplotlib", "#")))
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda p: p.stem)
+def test_no_test_reads_a_clock_to_check_by_it(path):
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(function, ast.FunctionDef) and function.name.startswith("test_"):
+            read = {ast.unparse(n.func) for n in ast.walk(function) if isinstance(n, ast.Call)}
+            assert not read & {"time.perf_counter", "time.monotonic", "time.time", "time.process_time"}, (
+                function.name
+            )
+
+
+def test_what_was_timed_is_found_through_names_and_functions():
+    code = """
+def both():
+    return latency(parts)
+table = both()
+fast = table[table.ms < 3]
+assert len(fast) > 1
+work = flops(call)
+assert work < 3
+"""
+    assert timed_checks(ast.parse(code)) == ["assert len(fast) > 1"]
