@@ -24,6 +24,7 @@ COLUMNS = [
     "record",
     "metric",
     "value",
+    "strict",
     "question",
     "expected",
     "answer",
@@ -105,8 +106,9 @@ def test_what_teacher_forcing_predicts_to_its_end_is_not_generated(mllm):
 
 
 def test_exact_match_by_hand():
-    got = exact_match(["Yes.", "two owls", "no", "T-Rex"], ["yes", "two  Owls ", "yes", "t rex"])
-    assert got.tolist() == [1.0, 1.0, 0.0, 0.0]
+    said, expected = ["Yes.", "two owls", "no", "T-Rex"], ["yes", "two  Owls ", "yes", "t rex"]
+    assert exact_match(said, expected).tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert strict_match(said, expected).tolist() == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_token_accuracy_by_hand():

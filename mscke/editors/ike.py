@@ -19,10 +19,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mscke.benchmark.answers import normalise_answer
 from mscke.benchmark.sample import EditRecord, Query
 from mscke.editors.serac import MiniLMEncoder
 from mscke.memory import EditMemory
-from mscke.models.decoding import Forced, by_length, generate, normalise_answer, teacher_force
+from mscke.models.decoding import Forced, by_length, generate, teacher_force
 from mscke.models.mllm import MLLM
 from mscke.models.prompts import IN_CONTEXT, TEMPLATE, TooLong
 from mscke.training import IN_ROLES, ROLES
@@ -148,14 +149,15 @@ def choose_k(
     and Specificity. A k that does not fit becomes :func:`largest_k`.
     """
     queries = [r.queries[role] for r in validation for role in ROLES]
-    gold = [normalise_answer(r.answers[role]) for r in validation for role in ROLES]
+    gold = [r.answers[role] for r in validation for role in ROLES]
     changes = IN_ROLES * len(validation)
     expected = [g if c else b for g, b, c in zip(gold, base.answer(queries), changes, strict=True)]
     among, rows = torch.arange(len(validation)).repeat_interleave(len(ROLES)), []
     limit = largest_k(base, demonstrations)
     for k in sorted({min(k, limit) for k in ks}):
         answers = IKE(base, demonstrations, encoder, k).edit(validation).answer(queries, among)
-        right = torch.tensor([a == e for a, e in zip(answers, expected, strict=True)])
+        pairs = zip(map(normalise_answer, answers), map(normalise_answer, expected), strict=True)
+        right = torch.tensor([a == e for a, e in pairs])
         share = dict(zip(ROLES, right.float().view(-1, len(ROLES)).mean(0).tolist(), strict=True))
         specificity = (share["in_scope"] + share["out_of_scope"]) / 2
         score = (share["reliability"] + share["generality"] + share["locality"] + specificity) / 4

@@ -19,6 +19,7 @@ from mscke.evaluation.metrics import (
     ROLES,
     TOP_K,
     exact_match,
+    strict_match,
     token_accuracy,
     unchanged_share,
 )
@@ -27,7 +28,7 @@ from mscke.models.mllm import MLLM
 from mscke.models.room import check_records
 from mscke.workers import processes
 
-COLUMNS = "track backbone method protocol record metric value question expected answer".split()
+COLUMNS = "track backbone method protocol record metric value strict question expected answer".split()
 
 
 def evaluate(
@@ -35,8 +36,8 @@ def evaluate(
 ) -> pd.DataFrame:
     """Edit, ask, score. One row a record, metric and protocol.
 
-    Columns: track, backbone, method, protocol, record, metric, value in [0, 1], question, expected
-    (the corrected answer, or the one before the edit), answer. Each record is edited alone, as in the
+    Columns: track, backbone, method, protocol, record, metric, value in [0, 1], strict (the value if answers are
+    compared to the letter), question, expected (the corrected answer, or the one before the edit), answer. Each record is edited alone, as in the
     paper, unless ``together`` puts all of them in force at once.
 
     Raises :class:`mscke.benchmark.sample.RecordError` for a record that ``base`` has no room for.
@@ -107,7 +108,7 @@ def generated(
     after: Sequence[Forced] = (),
     before: Sequence[Forced] = (),
 ) -> pd.DataFrame:
-    """Greedy answers, exact match; unchanged = the base model's own answer. ``after``, ``before``: if there are any,
+    """Greedy answers, compared as VQA does; unchanged = the base model's own answer. ``after``, ``before``: if there are any,
     the gold answers' predictions by the model, and by the base model for what must stay."""
     queries, gold, frame = _queries(records)
     stays = ~frame["role"].isin(CHANGES)
@@ -117,6 +118,7 @@ def generated(
     frame.loc[stays, "expected"] = own
     frame["answer"] = _greedy(model.answer, base, queries, gold, after, among)
     frame["value"] = exact_match(frame["answer"], frame["expected"])
+    frame["strict"] = strict_match(frame["answer"], frame["expected"])
     return _named(frame)
 
 
@@ -166,7 +168,12 @@ def teacher_forced(
         if role not in CHANGES:
             prefix = base.encoder.prefix_length(queries[i].image is not None)
             values[i] = unchanged_share(next(own), after[i], TOP_K[role], prefix)
-    frame["expected"], frame["answer"], frame["value"] = gold, "", values
+    frame["expected"], frame["answer"], frame["value"], frame["strict"] = (
+        gold,
+        "",
+        values,
+        values,
+    )  # of token ids
     return _named(frame)
 
 

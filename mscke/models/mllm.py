@@ -128,7 +128,7 @@ class MLLM:
         ]
 
     def answer(self, queries: Sequence[Query], batch_size: int | None = None) -> list[str]:
-        """Greedy answers to (B) queries, normalised for exact match."""
+        """Greedy answers to (B) queries, in lower case and without a closing stop."""
         new = [q for q in dict.fromkeys(queries) if q not in self._answers]
         prompts = self.prompts(new)
 
