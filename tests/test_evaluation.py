@@ -8,7 +8,14 @@ import torch
 from mscke.benchmark.sample import Query
 from mscke.classifier import ScopeClassifier
 from mscke.editors.mscke import MSCKE
-from mscke.evaluation.metrics import METRICS, ROLES, exact_match, token_accuracy, unchanged_share
+from mscke.evaluation.metrics import (
+    METRICS,
+    ROLES,
+    exact_match,
+    strict_match,
+    token_accuracy,
+    unchanged_share,
+)
 from mscke.evaluation.protocol import _greedy, evaluate
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.decoding import Forced

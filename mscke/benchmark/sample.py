@@ -16,14 +16,12 @@ import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
-from PIL import Image, ImageOps
+from mscke.benchmark.pictures import PictureError, check_image, inside
 
 FIELDS = ("src", "alt", "rephrase", "image", "fg_gen_q", "fg_gen_a", "fg_loc_q", "fg_loc_a", "loc", "loc_ans")
 ANSWERS = ("alt", "fg_gen_a", "fg_loc_a", "loc_ans")
-FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 50_000_000  # read from the header, before anything is decoded
 SHOWN = 5  # bad records that one error message spells out
 
 
@@ -165,8 +163,8 @@ def load_records(
         bad = {}
         for image in {record.edit.image for record in records}:
             try:
-                _check_image(image)
-            except RecordError as complaint:
+                check_image(image)
+            except PictureError as complaint:
                 bad[image] = complaint
         complaints |= {r.id: f'field "image": {bad[r.edit.image]}' for r in records if r.edit.image in bad}
 
@@ -176,16 +174,6 @@ def load_records(
         head = f"{path}: {len(lines)} of {len(rows)} records cannot be used (counted from 0):"
         raise RecordError("\n".join([head, *lines[:SHOWN], *more]))
     return LoadedRecords(records, skipped, stripped)
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """The image upright (EXIF orientation applied), in RGB.
-
-    Raises :class:`OSError` when it cannot be read, :class:`PIL.Image.DecompressionBombError` above
-    ``MAX_PIXELS``.
-    """
-    with _open_header(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def split_validation(
@@ -249,7 +237,7 @@ def _record(number: int, row: object, root: str) -> EditRecord:
     meta = row.get("meta", {})
     if not isinstance(meta, dict):
         raise RecordError(f'field "meta": found {reprlib.repr(meta)}; make it an object or leave it out')
-    image, text = _inside(root, row["image"]), _texts(row)
+    image, text = _image(root, row["image"]), _texts(row)
     return EditRecord(
         id=number,
         edit=Edit(image, text["src"], text["alt"]),
@@ -270,39 +258,8 @@ def _texts(row: dict) -> dict[str, str]:
     return texts | {name: " ".join(row[name].split()) for name in ANSWERS}
 
 
-def _inside(root: str, image: str) -> str:
-    """The absolute path of ``image``, links followed; it may not leave ``root`` by any of these ways."""
-    absolute = PureWindowsPath(image).anchor  # "/a" and "C:a" alike
-    climbs = os.path.normpath(image).split(os.sep)[0] == ".."
-    if not absolute and not climbs and "\0" not in image:
-        path = os.path.realpath(os.path.join(root, image))
-        if os.path.commonpath([root, path]) == root:
-            return path
-    fault = "is absolute" if absolute else 'leaves the image root, by ".." or a link'
-    raise RecordError(f'field "image": {image!r} {fault}; give a path relative to {root}, inside it')
-
-
-def _check_image(path: str) -> None:
-    """Raise :class:`RecordError` unless the file is sound; decode only where no cheaper check will do."""
-    if not os.path.isfile(path):
-        raise RecordError(f"no file {path}; fetch it, or give another image root")
+def _image(root: str, name: str) -> str:
     try:
-        with _open_header(path) as image, open(path, "rb") as file:
-            file.seek(-2, os.SEEK_END)
-            if image.format == "PNG":
-                image.verify()  # by its checksums
-            elif file.read() != b"\xff\xd9":  # verify() passes a JPEG cut short: look for its end mark
-                image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RecordError(f"{path} has more than {MAX_PIXELS:,} pixels; scale it down") from error
-    except Exception as error:  # decoders raise SyntaxError, struct.error, … on damaged files
-        kinds = "/".join(FORMATS)
-        raise RecordError(f"{path} is damaged or not {kinds} ({error}); fetch it again") from error
-
-
-def _open_header(path: str | Path) -> Image.Image:
-    image = Image.open(path, formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise Image.DecompressionBombError(f"{path} has more than {MAX_PIXELS:,} pixels")
-    return image
+        return inside(root, name)
+    except PictureError as complaint:
+        raise RecordError(f'field "image": {complaint}') from None

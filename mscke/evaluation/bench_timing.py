@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mscke.benchmark.sample import Edit, Query, open_image
+from mscke.benchmark.pictures import open_image
+from mscke.benchmark.sample import Edit, Query
 from mscke.classifier import ScopeClassifier
 from mscke.evaluation.cost import in_turns
 from mscke.models.clip import side_texts

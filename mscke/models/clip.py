@@ -17,7 +17,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import text_global_pool
 from torch import Tensor
 
-from mscke.benchmark.sample import Query, open_image
+from mscke.benchmark.pictures import open_image
+from mscke.benchmark.sample import Query
 from mscke.models.attention import patch_cosine
 from mscke.models.features import FeatureTable, ImageTable, fingerprint
 from mscke.models.room import Room

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerBase
 
-from mscke.benchmark.sample import Query, open_image
+from mscke.benchmark.pictures import open_image
+from mscke.benchmark.sample import Query
 from mscke.models.decoding import NEW_TOKENS, Forced, by_length, generate, teacher_force
 from mscke.models.features import ImageTable, fingerprint
 from mscke.models.prompts import FORMATS, IMAGE_TOKEN, PromptEncoder

@@ -23,7 +23,8 @@ from torch import nn
 
 from mscke.benchmark.fetch import FILES, MINIGPT4_NAMES
 from mscke.benchmark.generate import generate
-from mscke.benchmark.sample import FIELDS, open_image
+from mscke.benchmark.pictures import open_image
+from mscke.benchmark.sample import FIELDS
 from mscke.config import Track, get_track
 from mscke.models.prompts import IMAGE_TOKEN, IN_CONTEXT, TEMPLATE
 
