@@ -248,5 +248,5 @@ def write_json(path: Path, value: object) -> None:
     """Write ``value`` whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
     os.replace(temporary, path)
