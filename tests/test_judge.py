@@ -22,7 +22,7 @@ from judge_server import (
     status,
     together,
 )
-from PIL import Image
+from PIL import Image, ImageStat
 
 from mscke.benchmark import endpoint
 from mscke.benchmark.judge import Judge, JudgeError, NoReply, Request, Task
@@ -357,7 +357,7 @@ PICTURES = {
     "CMYK": lambda p: noise("CMYK").save(p, "JPEG"),
     "16 bits": lambda p: Image.new("I;16", (24, 16), 40_000).save(p, "PNG"),
     "on its side": turned,
-    "transparent": lambda p: noise("RGBA").save(p, "PNG"),
+    "transparent": lambda p: Image.new("RGBA", (24, 16), (200, 30, 90, 60)).save(p, "PNG"),
     "palette": lambda p: noise().quantize(8).save(p, "PNG"),
     "moving": lambda p: noise().save(p, "PNG", save_all=True, append_images=[noise()]),
     "large": lambda p: noise("L", (2050, 3)).save(p, "PNG"),
@@ -375,7 +375,7 @@ def test_pictures_are_sent_as_every_endpoint_takes_them(kind, judge, tmp_path):
     assert (sent.format, sent.mode, sent.getexif()) == ("JPEG", "RGB", {})
     assert max(sent.size) <= 2048
     assert kind == "large" or sent.size == seen.size
-    means = [[sum(band.getdata()) / len(band.getdata()) for band in image.split()] for image in (sent, seen)]
+    means = [ImageStat.Stat(image).mean for image in (sent, seen)]
     assert means[0] == pytest.approx(means[1], abs=6)
 
 
@@ -467,7 +467,9 @@ def test_more_room_is_more_than_there_was(set_, judge):
 
 
 @pytest.mark.parametrize(
-    "then", [says('{"n": [', finish="length"), complains("max_tokens is too large: 4096. At most 512")]
+    "then",
+    [says('{"n": [', finish="length"), complains("max_tokens is too large: 4096. At most 512")],
+    ids=["cut again", "no more to be had"],
 )
 def test_room_is_asked_for_once(then, judge):
     with serve(length, [says('{"n": [', finish="length"), then]) as server:
@@ -501,6 +503,14 @@ def test_too_many_stubborn_questions_end_the_run(judge):
         assert len(server.bodies) == 6 + 3 * 3
     with pytest.raises(ValueError, match="a share from 0 to 1"):
         judge(server, leave_out=5)
+
+
+def test_a_complaint_that_repeats_the_question_is_no_filter(judge):
+    word = "a moderation flagged by the content_filter"
+    with serve(length, [complains(f"cannot process {word!r}")]) as server:
+        client = judge(server)
+        with pytest.raises(JudgeError, match="turns the request down"):
+            client.ask(Request(COUNT, {"word": word}))
 
 
 @pytest.mark.parametrize("code", [400, 413, 422])

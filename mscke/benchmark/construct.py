@@ -9,7 +9,8 @@ pairs come from NQ-open::
     OPENAI_API_KEY=… python -m mscke.benchmark.construct --questions questions.json \\
         --annotations annotations.json --images coco --nq NQ-open.train.jsonl --out fgvedit
 
-The same seed and cache of verdicts (``fgvedit/verdicts``) give the same files.
+The same seed and cache of verdicts (``fgvedit/verdicts``) give the same files. What the model or a content filter
+refuses is left out, and so is what gets no readable reply, up to the share ``--leave-out``; ``report.json`` names both.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def _check_pictures(names: Sequence[str], images: Path) -> None:
             bad.append(f"  {name}: {error}")
     if bad:
         more = [f"  … and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
-        head = f"{len(bad)} of {len(names)} images cannot be used; nothing was asked yet:"
+        head = f"{len(bad)} of {len(names)} images cannot be used (nothing was asked yet); mend them or take their questions out:"
         raise RecordError("\n".join([head, *bad[:SHOWN], *more]))
 
 

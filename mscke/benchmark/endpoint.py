@@ -101,7 +101,7 @@ class Endpoint:
                     raise JudgeError(f"{self.url} asks to wait for {seconds:.0f} s ({said})")
                 self._pace.hold(seconds)
                 raise _TryAgain(said)
-            if status in (400, 403, 422, 451) and filtered(content):
+            if status in (400, 403, 422, 451) and filtered(content, sent):
                 return None, {"said": said}
             if status in (400, 422) and (name := named_parameter(content, sent)):
                 if name in TWINS and TOO_LARGE.search(said):
@@ -109,7 +109,7 @@ class Endpoint:
                 self._fit.learn(name, said)
                 continue
             if status != 200:
-                hint = "; is OPENAI_API_KEY the key of this endpoint?" if status in (401, 403) else ""
+                hint = "; see that OPENAI_API_KEY is the key of this endpoint" if status in (401, 403) else ""
                 kind = Unanswered if status in (400, 413, 422) else JudgeError  # which is about all questions
                 raise kind(f"{self.url} turns the request down, {said}{hint}")
             try:
@@ -121,7 +121,8 @@ class Endpoint:
                 continue
             self._fit.leave_room(room)
             reply, rest = found
-            return reply, rest | ({"without": sorted(self._fit.without)} if self._fit.without else {})
+            without = sorted(set(body) - set(sent))
+            return reply, rest | ({"without": without} if without else {})
 
     def _post(self, body: dict) -> tuple[int, httpx2.Headers, bytes]:
         """(status, headers, content). The timeout holds for the whole answer, not for each piece of it."""

@@ -51,37 +51,42 @@ def read_reply(content: bytes, schema: dict) -> tuple[dict | None, dict]:
         text = "".join(part["text"] for part in parts if part.get("type") in ("text", "output_text", None))
         tokens = (answer.get("usage") or {}).get("completion_tokens")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        if filtered(content):  # some endpoints complain with HTTP 200
+        if _error(content) and _FILTER.search(content.decode(errors="replace")):  # a complaint with HTTP 200
             return None, {"said": shown(content)}
         raise Unreadable(f"no chat completion: {shown(content)}") from error
     rest = {k: v for k, v in answer.items() if k != "choices"}
     if refused:
         return None, rest
     if (reply := _find(text, schema)) is None:
-        fault = f"a reply that does not follow the schema (finish_reason {finish}): {shown(text)}"
+        fault = f"a reply that does not follow the schema (finish_reason {finish}): {shown(text or content)}"
         raise Unreadable(fault, finish in CUT, tokens if isinstance(tokens, int) else 0)
     return {k: _unescaped(v) if isinstance(v, str) else v for k, v in reply.items()}, rest
 
 
-def filtered(content: bytes) -> bool:
-    """Whether a complaint says that a content filter stopped this request."""
-    return bool(_FILTER.search(content.decode(errors="replace")))
+def filtered(content: bytes, sent: dict) -> bool:
+    """Whether a complaint says that a content filter stopped the request ``sent``."""
+    return _says(_FILTER, content, sent)
 
 
 def named_parameter(content: bytes, sent: dict) -> str | None:
     """Which parameter of the request ``sent`` a complaint is about; None if it is about something else."""
-    text, asked = content.decode(errors="replace"), json.dumps(sent["messages"])
-    head = re.split(r"[.\[]", _param(text))[0]
     known = [name for name in sent if name not in ("model", "messages")]
+    param = _error(content).get("param")  # as OpenAI's endpoint says it
+    head = re.split(r"[.\[]", param)[0] if isinstance(param, str) else ""
     if head in known:
         return head
     if head in ("model", "messages", "prompt"):
         return None
-    for name in known:
-        said = re.compile(_FORMAT if name == "response_format" else rf"\b{re.escape(name)}\b", re.IGNORECASE)
-        if said.search(text) and not said.search(asked):  # a complaint may repeat the question
-            return name
-    return None
+    patterns = {name: _FORMAT if name == "response_format" else rf"\b{re.escape(name)}\b" for name in known}
+    return next(
+        (name for name in known if _says(re.compile(patterns[name], re.IGNORECASE), content, sent)), None
+    )
+
+
+def _says(pattern: re.Pattern, content: bytes, sent: dict) -> bool:
+    """Whether the complaint has ``pattern`` of its own: it may repeat the question."""
+    found = pattern.search(content.decode(errors="replace"))
+    return bool(found) and not pattern.search(json.dumps(sent["messages"]))
 
 
 def shown(said: str | bytes) -> str:
@@ -134,12 +139,11 @@ def _unescaped(text: str) -> str:
     return _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text)
 
 
-def _param(text: str) -> str:
-    """OpenAI's ``error.param``, wherever an endpoint puts it; "" if it does not."""
+def _error(content: bytes) -> dict:
+    """The complaint's object, wherever an endpoint puts it; empty if it has none."""
     try:
-        body = json.loads(text)
-        body = body[0] if isinstance(body, list) else body
-        param = body.get("error", body).get("param")
-    except (ValueError, LookupError, AttributeError, RecursionError):
-        return ""
-    return param if isinstance(param, str) else ""
+        body = json.loads(content)
+        error = (body[0] if isinstance(body, list) else body)["error"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    return error if isinstance(error, dict) else {}

@@ -59,10 +59,11 @@ class Judged:
 def judge_pairs(
     judge: Judge, pairs: Sequence[Pair], images: Path, repeat: int = 200, seed: int = 0
 ) -> tuple[list[Judged], dict[str, dict], list[dict]]:
-    """Both stages: (the usable ones of ``pairs``, in order; the judge's agreement with itself, by stage; who has none).
+    """Both stages: (the usable ones of ``pairs``, in order; the judge's agreement with itself, by stage; the pairs
+    without a verdict, named by :func:`left_out`).
 
-    ``repeat`` questions of each stage are asked twice (:func:`agreement`). Pairs judged to be neither in
-    scope nor out of it are left out. So are those without a verdict; each of these is named (:func:`left_out`).
+    ``repeat`` questions of each stage are asked twice (:func:`agreement`). Pairs judged to be neither in scope nor
+    out of it are not usable.
     """
     first = [_scope_request(pair, images) for pair in pairs]
     seen = judge.ask_all(first, "image and text")
