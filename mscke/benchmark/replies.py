@@ -130,7 +130,7 @@ def _is_text(value: object) -> bool:
     """Whether it can be written in UTF-8: half a character (a lone surrogate) cannot."""
     try:
         return bool(json.dumps(value, ensure_ascii=False).encode())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
