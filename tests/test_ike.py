@@ -1,8 +1,12 @@
 """IKE: what stands in the context, that batching changes nothing, that the base model is never touched."""
 
+from types import SimpleNamespace
+
+import pandas as pd
 import pytest
 import torch
 
+from mscke.editors import build
 from mscke.editors.ike import IKE, ROTATION, InContextModel, choose_k, demonstration, largest_k
 from mscke.editors.mscke import own_edits
 from mscke.editors.serac import MiniLMEncoder
@@ -154,3 +158,16 @@ def test_choose_k_compares_as_the_metrics_do(blip2, minilm, split, monkeypatch):
     monkeypatch.setattr(InContextModel, "answer", said("“the cat”,"))
     _, table = choose_k(blip2, others, minilm, few, ks=(0,))
     assert (table.drop(columns="k") == 1).all(axis=None)
+
+
+def test_a_choice_that_other_code_made_is_made_anew(blip2, split, tmp_path, monkeypatch):
+    others, few = split
+    made, codes = [], iter(["this", "this", "that"])
+    table = pd.DataFrame({"k": [0], "score": [1.0]})
+    monkeypatch.setattr(build, "choose_k", lambda *_: made.append(0) or (0, table))
+    monkeypatch.setattr(build, "MiniLMEncoder", lambda _: None)
+    monkeypatch.setattr(build, "code_of", lambda *_: next(codes))
+    track = SimpleNamespace(ike_records=2, outputs=tmp_path, features=None)
+    for n in (1, 1, 2):
+        assert build.ike_choices(track, SimpleNamespace(train=others, validation=few), blip2).equals(table)
+        assert len(made) == n
