@@ -158,8 +158,8 @@ def train_counterfactual(
     def evaluate() -> dict[str, float]:
         queries, edits, answers = examples(validation, asked)
         pairs = zip(model.answer(queries, edits), answers, strict=True)
-        right = torch.tensor([normalise_answer(a) == normalise_answer(b) for a, b in pairs]).float()
-        right = right.view(-1, len(asked))
+        same = [normalise_answer(a) == normalise_answer(b) for a, b in pairs]
+        right = torch.tensor(same).float().view(-1, len(asked))
         return {f"right_{r}": float(v) for r, v in zip(asked, right.mean(0), strict=True)}
 
     code = code_of("mscke.models.counterfactual", *HERE)

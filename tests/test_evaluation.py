@@ -158,7 +158,9 @@ def test_an_unedited_model_changes_nothing(mllm, few):
     assert (rows["track"] == "tiny").all() and (rows["backbone"] == mllm.name).all()
     assert (rows["method"] == "none").all()
     kept = rows[rows["metric"].isin(["locality", "m_out"])]
-    assert (kept["value"] == 1).all()
+    assert (kept["value"] == 1).all() and (kept["strict"] == 1).all()
+    told = rows[rows["protocol"] == "teacher_forced"]
+    assert told["strict"].equals(told["value"])  # token ids: there is one comparison
     assert set(rows["record"]) == {r.id for r in few}
 
 
@@ -202,7 +204,8 @@ def test_a_batch_is_one_record_at_a_time(mllm, editor, few, together):
     alone = pd.concat([evaluate(editor, mllm, [r], "tiny", together=together) for r in few])
     key = ["protocol", "record", "metric"]
     batch, alone = (f.set_index(key).sort_index() for f in (batch, alone))
-    np.testing.assert_allclose(batch.pop("value"), alone.pop("value"), atol=1e-9)
+    for name in ("value", "strict"):
+        np.testing.assert_allclose(batch.pop(name), alone.pop(name), atol=1e-9)
     assert batch.equals(alone)
 
 

@@ -174,6 +174,15 @@ def test_the_curve_says_what_validation_shows(blip2, records, tmp_path):
     assert curve["right_reliability"].iloc[-1] == pytest.approx(sum(right) / len(held))
 
 
+def test_validation_compares_as_the_metrics_do(blip2, records, tmp_path, monkeypatch):
+    _, plain = train(blip2, records, tmp_path / "plain", epochs=1)
+    answer = MEND.answer
+    with_marks = lambda *asked: [f"“{a}”," if a else a for a in answer(*asked)]  # noqa: E731
+    monkeypatch.setattr(MEND, "answer", with_marks)
+    _, marked = train(blip2, records, tmp_path / "marked", epochs=1)
+    assert marked.equals(plain) and plain.filter(like="right_").iloc[-1].max() > 0
+
+
 def test_training_is_not_repeated_and_repeats_exactly(blip2, records, tmp_path):
     editor, curve = train(blip2, records, tmp_path / "a", epochs=2)
     again, same = train(blip2, records, tmp_path / "a", epochs=2)

@@ -32,7 +32,7 @@ from mscke.report.tables import summarise
 pytest_plugins = ["tiny"]
 
 PROTOCOLS = ("generated", "teacher_forced")
-ROWS = ["protocol", "record", "metric", "value", "question", "expected", "answer"]
+ROWS = ["protocol", "record", "metric", "value", "strict", "question", "expected", "answer"]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from mscke.benchmark import Benchmark, load_benchmark
-from mscke.checkpoint import read_kept
+from mscke.checkpoint import code_of, read_kept
 from mscke.classifier import ScopeClassifier
 from mscke.config import Track, get_track
 from mscke.editors.base import Editor
@@ -129,7 +129,8 @@ def ike_choices(track: Track, bench: Benchmark, backbone: str | MLLM) -> pd.Data
     """How IKE does on validation records by its number k of demonstrations, in shares; measured once."""
     base = load_base(track, backbone) if isinstance(backbone, str) else backbone
     held = bench.validation[: track.ike_records]
-    made_of = f"{fingerprint(base.model)[:8]}-{digest([*bench.train, *held])[:8]}"
+    code = code_of("mscke.editors.ike", "mscke.benchmark.answers")
+    made_of = f"{fingerprint(base.model)[:8]}-{digest([*bench.train, *held])[:8]}-{code}"
     path = track.outputs / "trained" / f"ike-{base.name}-{made_of}" / "validation.csv"
     with processes().main_process_first():
         if read_kept(path, pd.read_csv) is None:

@@ -1,8 +1,9 @@
 """The paper's metrics (§5), in two protocols. Every value is a share in [0, 1], one per record.
 
-``generated`` — our headline: the greedy answer must be the expected one as VQA compares answers (:mod:`mscke.benchmark.answers`);
-unchanged means the same generated answer as before the edit. The strict comparison stands beside it. ``teacher_forced`` — the paper's: arg-max of each answer token
-given the gold ones before it; unchanged means the same top-k token ids, rank by rank, at every position.
+``generated`` — our headline: the greedy answer must be the expected one, as the field compares answers
+(:mod:`mscke.benchmark.answers`); unchanged means the same generated answer as before the edit. The strict
+comparison stands beside it. ``teacher_forced`` — the paper's: arg-max of each answer token given the gold ones
+before it; unchanged means the same top-k token ids, rank by rank, at every position.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ TOP_K = {"out_of_scope": 10, "locality": 1}
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> np.ndarray:
-    """1.0 where two answers are the same as VQA compares them: float (B,)."""
+    """1.0 where two answers are the same, as the field compares them: float (B,)."""
     return _agree(normalise_answer, answers, expected)
 
 
 def strict_match(answers: Sequence[str], expected: Sequence[str]) -> np.ndarray:
-    """1.0 where two answers are the same to the letter, but for case, blanks and a closing stop: float (B,)."""
+    """1.0 where two answers are the same to the letter, but for case, blanks and a closing stop: float (B,).
+
+    Never above :func:`exact_match`."""
     return _agree(strict_answer, answers, expected)
 
 

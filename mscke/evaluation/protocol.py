@@ -36,9 +36,10 @@ def evaluate(
 ) -> pd.DataFrame:
     """Edit, ask, score. One row a record, metric and protocol.
 
-    Columns: track, backbone, method, protocol, record, metric, value in [0, 1], strict (the value if answers are
-    compared to the letter), question, expected (the corrected answer, or the one before the edit), answer. Each record is edited alone, as in the
-    paper, unless ``together`` puts all of them in force at once.
+    Columns: track, backbone, method, protocol, record, metric, value in [0, 1], strict (the value where answers
+    are compared to the letter; of teacher forcing, which compares token ids, the same value), question, expected
+    (the corrected answer, or the one before the edit), answer (as said, in lower case). Each record is edited
+    alone, as in the paper, unless ``together`` puts all of them in force at once.
 
     Raises :class:`mscke.benchmark.sample.RecordError` for a record that ``base`` has no room for.
     """
@@ -108,8 +109,8 @@ def generated(
     after: Sequence[Forced] = (),
     before: Sequence[Forced] = (),
 ) -> pd.DataFrame:
-    """Greedy answers, compared as VQA does; unchanged = the base model's own answer. ``after``, ``before``: if there are any,
-    the gold answers' predictions by the model, and by the base model for what must stay."""
+    """Greedy answers, compared as the field does; unchanged = the base model's own answer. ``after``, ``before``: if
+    there are any, the gold answers' predictions by the model, and by the base model for what must stay."""
     queries, gold, frame = _queries(records)
     stays = ~frame["role"].isin(CHANGES)
     kept = np.flatnonzero(stays)
@@ -168,13 +169,7 @@ def teacher_forced(
         if role not in CHANGES:
             prefix = base.encoder.prefix_length(queries[i].image is not None)
             values[i] = unchanged_share(next(own), after[i], TOP_K[role], prefix)
-    frame["expected"], frame["answer"], frame["value"], frame["strict"] = (
-        gold,
-        "",
-        values,
-        values,
-    )  # of token ids
-    return _named(frame)
+    return _named(frame.assign(expected=gold, answer="", value=values, strict=values))
 
 
 PROTOCOLS = {"generated": generated, "teacher_forced": teacher_forced}

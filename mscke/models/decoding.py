@@ -36,7 +36,7 @@ def generate(
 
 
 def said(encoder: PromptEncoder, tokens: Tensor | list[list[int]]) -> list[str]:
-    """Answers (B) of these token ids, up to where one stops; in lower case, as they were said else."""
+    """Answers (B) of these token ids, up to where one stops: as said, but in lower case and without a closing stop."""
     texts = encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [strict_answer(text.split(encoder.stop)[0]) for text in texts]
 
