@@ -1,28 +1,23 @@
 """The ablation to be explored: threshold, fusion, CLIP and seed act on cached scores, without any model.
 
-Three layers: pure functions (:func:`metrics`, :func:`confusion`), a figure made from them
-(:func:`plot_panel`), and a thin :class:`Panel` of widgets that only binds the two. A saved notebook shows
-the panel's picture at its default state.
+Pure functions: :func:`metrics` and :func:`confusion`, together :func:`read`. The panel that shows what they
+say is :mod:`mscke.report.panel`.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
-import ipywidgets as widgets
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from mscke.evaluation.metrics import ROLES
 from mscke.evaluation.outcomes import COLUMNS, answered
 from mscke.evaluation.protocol import save_rows
-from mscke.report.figures import IN, OUT, TEXT, draw_interval, draw_rows, draw_scores
-from mscke.report.tables import LABELS, bootstrap
+from mscke.report.tables import bootstrap
+
+FINE = [ROLES.index("in_scope"), ROLES.index("out_of_scope")]
 
 
 @dataclass(frozen=True)
@@ -66,87 +61,31 @@ def confusion(reference: np.ndarray, rho: np.ndarray, threshold: float = 0.5) ->
 
     Columns: in scope taken, in scope left, out of scope taken, out of scope left; the diagonal is right.
     """
-    fine = [ROLES.index("in_scope"), ROLES.index("out_of_scope")]
-    truth = np.broadcast_to(["in scope", "out of scope"], (len(rho), 2))
-    route = np.where(rho[:, fine] >= threshold, "taken", "left")
-    table = pd.crosstab(reference[:, fine].ravel(), [truth.ravel(), route.ravel()])
-    columns = pd.MultiIndex.from_product([["in scope", "out of scope"], ["taken", "left"]])
-    table = table.reindex(columns=columns, fill_value=0).rename_axis("reference")
-    return table.set_axis([" ".join(c) for c in columns], axis=1)
+    kinds, kind = np.unique(reference[:, FINE].astype(str), return_inverse=True)
+    columns = [f"{side} {route}" for side in ("in scope", "out of scope") for route in ("taken", "left")]
+    counts = np.zeros((len(kinds), len(columns)), int)
+    np.add.at(counts, (kind.reshape(-1, 2), [0, 2] + (rho[:, FINE] < threshold)), 1)
+    return pd.DataFrame(counts, pd.Index(kinds, name="reference"), columns)
 
 
-def plot_panel(scored: Scored, clip: str, fusion: str, seed: int, threshold: float = 0.5) -> Figure:
-    """Metrics, scores and confusion by reference of one classifier at one threshold."""
+@dataclass(frozen=True)
+class Reading:
+    """One classifier at one threshold: its scores (R, 5), and the tables of :func:`metrics` and :func:`confusion`."""
+
+    title: str
+    rho: np.ndarray
+    threshold: float
+    metrics: pd.DataFrame
+    confusion: pd.DataFrame
+
+
+def read(scored: Scored, clip: str, fusion: str, seed: int, threshold: float = 0.5) -> Reading:
+    """All that the panel shows of one state. Raises KeyError for a classifier that ``scored`` lacks."""
     rho = scored.rho[clip, fusion, seed]
-    fig = plt.figure(figsize=(10.5, 3.4))
-    left, middle, right = fig.subfigures(1, 3, width_ratios=(1, 1.2, 1))
-    found = metrics(scored.values, rho, threshold)
-    ax = left.subplots()
-    for place, row in enumerate(found.itertuples()):
-        draw_interval(ax, place, row.value, row.lo, row.hi, IN)
-    draw_rows(ax, [f"{LABELS[r.metric]}  {r.value:.1f}" for r in found.itertuples()])
-    ax.set(xlim=(-2, 102), xlabel="per cent, with 95 % intervals", title="metrics")
-    sides = (("in scope", IN), ("out of scope", OUT), ("text only", TEXT))
-    for ax, (name, colour), own in zip(middle.subplots(3, sharex=True), sides, rho.T[2:], strict=True):
-        draw_scores(ax, name, own, colour, threshold)
-    ax.set(xlabel="scope score ρ", xlim=(0, 1))
-    _draw_confusion(right.subplots(), confusion(scored.reference, rho, threshold))
-    fig.suptitle(f"{fusion} · {clip} · seed {seed} · ρ ≥ {threshold:.2f}")
-    return fig
-
-
-def _draw_confusion(ax, table: pd.DataFrame) -> None:
-    """The share of in-scope and of out-of-scope questions that are taken: far apart is good."""
-    for side, colour in (("in scope", IN), ("out of scope", OUT)):
-        taken, left = table[f"{side} taken"], table[f"{side} left"]
-        ax.plot(100 * taken / (taken + left), range(len(table)), "o", color=colour, label=side)
-    draw_rows(ax, [f"{name}  ({n:,})" for name, n in table.sum(axis=1).items()])
-    ax.set(xlim=(-4, 104), xlabel="questions taken by the edit (%)", title="by reference")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, fontsize=7.5)
-
-
-class Panel(widgets.VBox):
-    """Controls over :func:`plot_panel` and the tables beside it; nothing is computed here, nothing written."""
-
-    def __init__(self, scored: Scored, clip: str, fusion: str = "dot", seed: int = 0, threshold: float = 0.5):
-        self.scored = scored
-        clips, fusions, seeds = (list(dict.fromkeys(names)) for names in zip(*scored.rho, strict=True))
-        self.controls = {
-            "clip": widgets.ToggleButtons(options=clips, value=clip, description="CLIP"),
-            "fusion": widgets.ToggleButtons(options=fusions, value=fusion, description="fusion"),
-            "seed": widgets.ToggleButtons(options=seeds, value=seed, description="seed"),
-            "threshold": widgets.FloatSlider(
-                threshold, min=0, max=1, step=0.01, description="ρ ≥", continuous_update=False
-            ),
-        }
-        self.picture, self.table = widgets.Image(format="png"), widgets.HTML()
-        super().__init__([*self.controls.values(), self.picture, self.table])
-        for control in self.controls.values():
-            control.observe(lambda _: self.update(), "value")
-        self.update()
-
-    @property
-    def state(self) -> dict:
-        return {name: control.value for name, control in self.controls.items()}
-
-    def update(self) -> None:
-        """Show what the controls say."""
-        state, scored = self.state, self.scored
-        rho = scored.rho[state["clip"], state["fusion"], state["seed"]]
-        self.metrics = metrics(scored.values, rho, state["threshold"])
-        self.confusion = confusion(scored.reference, rho, state["threshold"])
-        self.picture.value = _png(plot_panel(scored, **state))
-        tables = [self.metrics.set_index("metric").round(1), self.confusion]
-        self.table.value = "".join(t.to_html(border=0) for t in tables)
-
-    def _repr_mimebundle_(self, **options) -> dict:
-        """The live widget and, for a reader without a kernel, its picture."""
-        picture = base64.b64encode(self.picture.value).decode()
-        return super()._repr_mimebundle_(**options) | {"image/png": picture}
-
-
-def _png(fig: Figure) -> bytes:
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=80, metadata={"Software": None})
-    plt.close(fig)
-    return buffer.getvalue()
+    return Reading(
+        f"{fusion} · {clip} · seed {seed} · ρ ≥ {threshold:.2f}",
+        rho,
+        threshold,
+        metrics(scored.values, rho, threshold),
+        confusion(scored.reference, rho, threshold),
+    )
