@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 
 import matplotlib
 
@@ -11,13 +12,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mscke.evaluation.metrics import METRICS, ROLES
 from mscke.evaluation.outcomes import COLUMNS
-from mscke.report import ablation, explore
-from mscke.report.explore import Panel, Scored, confusion, metrics
-from mscke.report.tables import summarise
+from mscke.report import ablation
+from mscke.report import panel as binding
+from mscke.report.explore import Scored, confusion, metrics, read
+from mscke.report.panel import Panel, Picture, plot_panel
+from mscke.report.tables import LABELS, summarise
 
 R = 60
 RIGHT = np.array([[0, 1], [0, 1], [0.1, 0.9], [1, 0.3], [1, 0.2]])  # the chance to be right: left, taken
@@ -71,7 +75,7 @@ def test_moving_the_controls_shows_the_grids_numbers(scored, panel):
             panel.controls[name].value = value
         expected = by_hand(scored, (clip, fusion, seed), threshold)
         np.testing.assert_allclose(panel.metrics["value"], expected.loc[list(COLUMNS), "value"], atol=1e-9)
-        assert f"{expected.loc['specificity', 'value']:.1f}" in panel.table.value
+        assert f"{expected.loc['specificity', 'value']:.2f}" in panel.table.value
         assert panel.confusion.equals(confusion(scored.reference, scored.rho[clip, fusion, seed], threshold))
         shown.add(panel.picture.value)
     assert len(shown) == 3  # another picture each time
@@ -116,9 +120,90 @@ def test_the_panel_writes_nothing_and_leaves_no_figure_open(panel, tmp_path, mon
     assert plt.get_fignums() == before and not list(tmp_path.iterdir())
 
 
-def test_one_picture_a_state(scored):
-    first, second = (explore._png(explore.plot_panel(scored, "mini-L", "dot", 0, 0.5)) for _ in range(2))
-    assert first == second
+def test_one_picture_a_state_whatever_was_shown_before(scored):
+    picture = Picture(scored.reference)
+
+    def drawn(*state):
+        picture.show(read(scored, *state))
+        return picture.png()
+
+    first, other = drawn("mini-L", "dot", 0, 0.5), drawn("mini-B", "text", 1, 0.83)
+    assert other != first == drawn("mini-L", "dot", 0, 0.5)
+
+
+@pytest.mark.parametrize("state", [("mini-L", "dot", 0, 0.5), ("mini-B", "text", 1, 0.07)])
+def test_drawing_what_changed_gives_the_pixels_of_the_whole_figure(scored, state):
+    picture = Picture(scored.reference)
+    picture.show(read(scored, "mini-B", "dot", 1, 0.9))
+    picture.png()
+    picture.show(read(scored, *state))
+    pixels = np.asarray(Image.open(io.BytesIO(picture.png())))
+    picture.canvas.draw()
+    assert np.array_equal(pixels, np.asarray(picture.canvas.buffer_rgba())[..., :3])
+
+
+def test_each_row_of_the_picture_bears_its_own_number(scored):
+    ax = plot_panel(scored, "mini-L", "dot", 0, 0.37).axes[0]
+    found = metrics(scored.values, scored.rho["mini-L", "dot", 0], 0.37).set_index("metric")["value"]
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    places = ax.lines[0].get_xdata()
+    for y, (metric, value) in enumerate(found.items()):
+        text = next(t for t in ax.texts if t.xy[1] == y)
+        assert (names[y], text.get_text(), places[y]) == (LABELS[metric], f"{value:.1f}", value)
+
+
+def test_a_change_makes_no_figure_and_heaps_up_no_artist(panel, monkeypatch):
+    made, start = [], Figure.__init__
+    monkeypatch.setattr(
+        Figure, "__init__", lambda self, *a, **k: (made.append(self), start(self, *a, **k))[1]
+    )
+    before = len(panel.figure.figure.findobj())
+    for threshold in (0.2, 0.9, 0.4):
+        panel.controls["threshold"].value = threshold
+    assert not made and len(panel.figure.figure.findobj()) == before
+
+
+def test_a_state_is_computed_once_and_the_resamples_are_drawn_once(scored, monkeypatch):
+    asked, drawn, rng = [], [], np.random.default_rng
+    monkeypatch.setattr(binding, "read", lambda s, **state: (asked.append(state), read(s, **state))[1])
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: (drawn.append(seed), rng(seed))[1])
+    panel = Panel(scored, "mini-L")
+    for threshold in (0.2, 0.9, 0.2, 0.5, 0.9):
+        panel.controls["threshold"].value = threshold
+    assert [state["threshold"] for state in asked] == [0.5, 0.2, 0.9]
+    assert len(drawn) <= 1  # none if a table of as many records was made before
+
+
+def test_reset_goes_back_in_one_step(scored, monkeypatch):
+    panel = Panel(scored, "mini-L", "text", 1, 0.3)
+    first = panel.state, panel.picture.value, panel.table.value
+    panel.go(clip="mini-B", fusion="dot", seed=0, threshold=0.81)
+    assert panel.state == {"clip": "mini-B", "fusion": "dot", "seed": 0, "threshold": 0.81}
+    assert panel.metrics.equals(metrics(scored.values, scored.rho["mini-B", "dot", 0], 0.81))
+    shown = []
+    monkeypatch.setattr(
+        panel.figure, "show", lambda reading, show=panel.figure.show: (shown.append(reading), show(reading))
+    )
+    panel.reset.click()
+    assert (panel.state, panel.picture.value, panel.table.value) == first and len(shown) == 1
+
+
+def test_a_sliders_rounding_is_no_other_threshold(scored, panel):
+    panel.controls["threshold"].value = 0.1 + 0.2  # 0.30000000000000004
+    assert panel.state["threshold"] == 0.3
+
+
+def cells(row):
+    return re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)
+
+
+def test_a_tables_header_stands_over_its_columns_and_its_numbers_are_the_csvs(scored, panel):
+    tables = re.findall(r"<table.*?</table>", panel.table.value, re.DOTALL)
+    frames = [panel.metrics.assign(metric=panel.metrics["metric"].map(LABELS)), panel.confusion.reset_index()]
+    for table, frame in zip(tables, frames, strict=True):
+        rows = [cells(row) for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)]
+        written = frame.to_csv(index=False, float_format="%.2f", lineterminator="\n")
+        assert rows == [line.split(",") for line in written.splitlines()]
 
 
 # ------------------------------------------------------------------ several seeds

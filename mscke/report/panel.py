@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from mscke.evaluation.outcomes import COLUMNS
 from mscke.report.explore import FINE, Reading, Scored, read
 from mscke.report.figures import IN, OUT, TEXT, draw_interval, draw_rows, draw_scores
 from mscke.report.tables import LABELS
@@ -62,11 +63,11 @@ class Picture:
             right.subplots(),
         )
 
-        draw_rows(self.left, list(LABELS.values()))
+        draw_rows(self.left, [LABELS[metric] for metric in COLUMNS])
         self.left.tick_params(axis="y", pad=32)  # room for the numbers
         self.left.set(xlim=(-2, 102), xlabel="per cent, with 95 % intervals", title="metrics")
         for ax in self.middle:
-            ax.set(xlim=(0, 1), ylim=(0, 100), title=" ")  # the widest ticks that can come
+            ax.set(xlim=(0, 1), ylim=(0, 100))  # the widest ticks that can come
         ax.set(xlabel="scope score ρ")
         kinds, counts = np.unique(reference[:, FINE].astype(str), return_counts=True)
         draw_rows(self.right, [f"{kind}  ({n:,})" for kind, n in zip(kinds, counts, strict=True)])
@@ -75,11 +76,13 @@ class Picture:
         self.right.legend(
             handles=marks, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, fontsize=7.5
         )
-        self.title = self.figure.suptitle(" ")
+        self.title = self.figure.suptitle("ρ")  # any text, to keep its room
+        frames = [
+            part for ax in self.middle for part in (ax.yaxis, ax.set_title("ρ"), *ax.spines.values())
+        ]
         self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")
 
-        frames = [part for ax in self.middle for part in (ax.yaxis, ax.title, *ax.spines.values())]
         self.changing, self.drawn = [self.title, *frames], []
         self.still = self._without_changing()
 
@@ -133,7 +136,7 @@ class Panel(widgets.VBox):
         self.read = functools.cache(functools.partial(read, scored))
         clips, fusions, seeds = (list(dict.fromkeys(names)) for names in zip(*scored.rho, strict=True))
         self.controls = {
-            name: widgets.ToggleButtons(options=options, value=value, style={"button_width": "7em"})
+            name: widgets.ToggleButtons(options=options, value=value, style={"button_width": "9em"})
             for name, options, value in (
                 ("clip", clips, clip),
                 ("fusion", fusions, fusion),
