@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 
 import matplotlib
 
@@ -11,13 +12,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mscke.evaluation.metrics import METRICS, ROLES
 from mscke.evaluation.outcomes import COLUMNS
-from mscke.report import ablation, explore
-from mscke.report.explore import Panel, Scored, confusion, metrics
-from mscke.report.tables import summarise
+from mscke.report import ablation
+from mscke.report import panel as binding
+from mscke.report.explore import Scored, confusion, metrics, read
+from mscke.report.panel import Panel, Picture, plot_panel
+from mscke.report.tables import LABELS, summarise
 
 R = 60
 RIGHT = np.array([[0, 1], [0, 1], [0.1, 0.9], [1, 0.3], [1, 0.2]])  # the chance to be right: left, taken
@@ -71,46 +75,10 @@ def test_moving_the_controls_shows_the_grids_numbers(scored, panel):
             panel.controls[name].value = value
         expected = by_hand(scored, (clip, fusion, seed), threshold)
         np.testing.assert_allclose(panel.metrics["value"], expected.loc[list(COLUMNS), "value"], atol=1e-9)
-        assert f"{expected.loc['specificity', 'value']:.1f}" in panel.table.value
+        assert f"{expected.loc['specificity', 'value']:.2f}" in panel.table.value
         assert panel.confusion.equals(confusion(scored.reference, scored.rho[clip, fusion, seed], threshold))
         shown.add(panel.picture.value)
     assert len(shown) == 3  # another picture each time
-
-
-def test_reset_shows_the_default_again_in_one_picture(panel, monkeypatch):
-    default, state = panel.picture.value, panel.state
-    for name, value in {"clip": "mini-B", "fusion": "text", "seed": 1, "threshold": 0.81}.items():
-        panel.controls[name].value = value
-    assert panel.picture.value != default and panel.state != state
-    drawn, draw = [], explore.plot_panel
-    monkeypatch.setattr(explore, "plot_panel", lambda *a, **k: drawn.append(1) or draw(*a, **k))
-    panel.reset.click()
-    assert panel.state == state and panel.picture.value == default and drawn == [1]
-
-
-def test_a_change_draws_on_the_figure_that_is_there(panel, scored, monkeypatch):
-    """One figure whatever the controls do; what it shows is what a new figure would."""
-    monkeypatch.setattr(explore, "_frame", None)  # who would make another fails
-    figure = panel._figure
-    for threshold in (0.2, 0.7, 0.4):
-        panel.controls["threshold"].value = threshold
-    monkeypatch.undo()
-    new = explore.plot_panel(scored, **panel.state)
-    for ax, other in zip(figure.axes, new.axes, strict=True):
-        assert len(ax.lines) == len(other.lines) and len(ax.patches) == len(other.patches)
-        for line, its in zip(ax.lines, other.lines, strict=True):
-            np.testing.assert_allclose(line.get_xydata(), its.get_xydata())
-        assert ax.get_xlim() == other.get_xlim() and ax.get_title() == other.get_title()
-        names = [[t.get_text() for t in a.get_yticklabels()] for a in (ax, other)]
-        assert names[0] == names[1]
-
-
-def test_the_tables_headers_stand_over_their_columns(panel):
-    """One row of headers, and as many cells in every row."""
-    for table, frame in zip(panel.table.value.split("<br>"), (panel.metrics, panel.confusion), strict=True):
-        head, body = table.split("</thead>")
-        assert head.count("<tr>") == 1 and head.count("<th ") == body.count("<td ") / len(frame)
-        assert "<th " not in body
 
 
 def test_a_slider_computes_when_it_is_let_go(panel):
@@ -152,9 +120,90 @@ def test_the_panel_writes_nothing_and_leaves_no_figure_open(panel, tmp_path, mon
     assert plt.get_fignums() == before and not list(tmp_path.iterdir())
 
 
-def test_one_picture_a_state(scored):
-    first, second = (explore._png(explore.plot_panel(scored, "mini-L", "dot", 0, 0.5)) for _ in range(2))
-    assert first == second
+def test_one_picture_a_state_whatever_was_shown_before(scored):
+    picture = Picture(scored.reference)
+
+    def drawn(*state):
+        picture.show(read(scored, *state))
+        return picture.png()
+
+    first, other = drawn("mini-L", "dot", 0, 0.5), drawn("mini-B", "text", 1, 0.83)
+    assert other != first == drawn("mini-L", "dot", 0, 0.5)
+
+
+@pytest.mark.parametrize("state", [("mini-L", "dot", 0, 0.5), ("mini-B", "text", 1, 0.07)])
+def test_drawing_what_changed_gives_the_pixels_of_the_whole_figure(scored, state):
+    picture = Picture(scored.reference)
+    picture.show(read(scored, "mini-B", "dot", 1, 0.9))
+    picture.png()
+    picture.show(read(scored, *state))
+    pixels = np.asarray(Image.open(io.BytesIO(picture.png())))
+    picture.canvas.draw()
+    assert np.array_equal(pixels, np.asarray(picture.canvas.buffer_rgba())[..., :3])
+
+
+def test_each_row_of_the_picture_bears_its_own_number(scored):
+    ax = plot_panel(scored, "mini-L", "dot", 0, 0.37).axes[0]
+    found = metrics(scored.values, scored.rho["mini-L", "dot", 0], 0.37).set_index("metric")["value"]
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    places = ax.lines[0].get_xdata()
+    for y, (metric, value) in enumerate(found.items()):
+        text = next(t for t in ax.texts if t.xy[1] == y)
+        assert (names[y], text.get_text(), places[y]) == (LABELS[metric], f"{value:.1f}", value)
+
+
+def test_a_change_makes_no_figure_and_heaps_up_no_artist(panel, monkeypatch):
+    made, start = [], Figure.__init__
+    monkeypatch.setattr(
+        Figure, "__init__", lambda self, *a, **k: (made.append(self), start(self, *a, **k))[1]
+    )
+    before = len(panel.figure.figure.findobj())
+    for threshold in (0.2, 0.9, 0.4):
+        panel.controls["threshold"].value = threshold
+    assert not made and len(panel.figure.figure.findobj()) == before
+
+
+def test_a_state_is_computed_once_and_the_resamples_are_drawn_once(scored, monkeypatch):
+    asked, drawn, rng = [], [], np.random.default_rng
+    monkeypatch.setattr(binding, "read", lambda s, **state: (asked.append(state), read(s, **state))[1])
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: (drawn.append(seed), rng(seed))[1])
+    panel = Panel(scored, "mini-L")
+    for threshold in (0.2, 0.9, 0.2, 0.5, 0.9):
+        panel.controls["threshold"].value = threshold
+    assert [state["threshold"] for state in asked] == [0.5, 0.2, 0.9]
+    assert len(drawn) <= 1  # none if a table of as many records was made before
+
+
+def test_reset_goes_back_in_one_step(scored, monkeypatch):
+    panel = Panel(scored, "mini-L", "text", 1, 0.3)
+    first = panel.state, panel.picture.value, panel.table.value
+    panel.go(clip="mini-B", fusion="dot", seed=0, threshold=0.81)
+    assert panel.state == {"clip": "mini-B", "fusion": "dot", "seed": 0, "threshold": 0.81}
+    assert panel.metrics.equals(metrics(scored.values, scored.rho["mini-B", "dot", 0], 0.81))
+    shown = []
+    monkeypatch.setattr(
+        panel.figure, "show", lambda reading, show=panel.figure.show: (shown.append(reading), show(reading))
+    )
+    panel.reset.click()
+    assert (panel.state, panel.picture.value, panel.table.value) == first and len(shown) == 1
+
+
+def test_a_sliders_rounding_is_no_other_threshold(scored, panel):
+    panel.controls["threshold"].value = 0.1 + 0.2  # 0.30000000000000004
+    assert panel.state["threshold"] == 0.3
+
+
+def cells(row):
+    return re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)
+
+
+def test_a_tables_header_stands_over_its_columns_and_its_numbers_are_the_csvs(scored, panel):
+    tables = re.findall(r"<table.*?</table>", panel.table.value, re.DOTALL)
+    frames = [panel.metrics.assign(metric=panel.metrics["metric"].map(LABELS)), panel.confusion.reset_index()]
+    for table, frame in zip(tables, frames, strict=True):
+        rows = [cells(row) for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)]
+        written = frame.to_csv(index=False, float_format="%.2f", lineterminator="\n")
+        assert rows == [line.split(",") for line in written.splitlines()]
 
 
 # ------------------------------------------------------------------ several seeds

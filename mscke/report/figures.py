@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -203,23 +204,24 @@ def plot_text_similarity(sim_in: np.ndarray, sim_out: np.ndarray) -> Figure:
     return fig
 
 
-def draw_scores(ax: Axes, name: str, rho: np.ndarray, colour: str, threshold: float) -> None:
-    """Histogram of scores (n,) in [0, 1], those on the wrong side of the threshold pale."""
+def draw_scores(ax: Axes, name: str, rho: np.ndarray, colour: str, threshold: float) -> list[Artist]:
+    """Histogram of scores (n,) in [0, 1], those on the wrong side of the threshold pale; what was drawn."""
     heights, edges = np.histogram(rho, np.linspace(0, 1, 41))
-    wrong = (edges[:-1] < threshold) == (name == "in scope")
-    for part, alpha in ((~wrong, 1.0), (wrong, 0.45)):
-        ax.stairs(
-            np.where(part, 100 * heights / len(rho), 0), edges, fill=True, color=colour, alpha=alpha, lw=0
-        )
-    ax.axvline(threshold, color="#222222", lw=1, ls=(0, (4, 3)))
+    wrong, share = (edges[:-1] < threshold) == (name == "in scope"), 100 * heights / len(rho)
+    drawn = [
+        ax.stairs(np.where(part, share, 0), edges, fill=True, color=colour, alpha=alpha)
+        for part, alpha in ((wrong, 0.45), (~wrong, 1.0))
+    ]
+    ax.set_ylim(0, 1.05 * share.max())
     right = np.mean(rho >= threshold if name == "in scope" else rho < threshold)
     ax.set_title(f"{name}: {100 * right:.1f} % on the right side", color=colour, fontsize=8.5, pad=4)
+    return [*drawn, ax.axvline(threshold, color="#222222", lw=1, ls=(0, (4, 3)))]
 
 
-def draw_interval(ax: Axes, y: float, value: float, lo: float, hi: float, colour: str | None) -> None:
-    """A dot at (value, y) with its interval from lo to hi."""
-    ax.hlines(y, lo, hi, color=colour, lw=2, zorder=3)
-    ax.plot(value, y, "o", color=colour, ms=5.5, mec="white", mew=0.6, zorder=3.5)
+def draw_interval(ax: Axes, y, value, lo, hi, colour: str | None) -> list[Artist]:
+    """A dot at (value, y) with its interval from lo to hi, numbers or arrays of them; what was drawn."""
+    line = ax.hlines(y, lo, hi, color=colour, lw=2, zorder=3)
+    return [line, *ax.plot(value, y, "o", color=colour, ms=5.5, mec="white", mew=0.6, zorder=3.5)]
 
 
 def draw_rows(ax: Axes, names: Sequence[str]) -> None:
