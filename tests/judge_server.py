@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """``answer(body)`` makes the reply's object. Each request meets the next of ``faults``, if any is left:
+    """``answer(body)`` makes the reply's object, or is itself such a fault. Each request meets the next of ``faults``, if any is left:
     a function of the handler that returns True when it has dealt with the request itself."""
 
     daemon_threads = True
@@ -43,7 +43,8 @@ class _Handler(BaseHTTPRequestHandler):
             fault = server.faults.popleft() if server.faults else None
         try:
             if not (fault and fault(self)):
-                self.reply(json.dumps(completion(json.dumps(server.answer(body)))))
+                answer = server.answer(body)
+                answer(self) if callable(answer) else self.reply(json.dumps(completion(json.dumps(answer))))
         finally:
             with server.lock:
                 server.active -= 1
@@ -61,11 +62,11 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def completion(content, **message):
+def completion(content, finish="stop", **message):
     """The object that a chat completion is."""
     choice = {
         "index": 0,
-        "finish_reason": "stop",
+        "finish_reason": finish,
         "message": {"role": "assistant", "content": content} | message,
     }
     return {
@@ -96,9 +97,14 @@ def status(code, text="try later", **headers):
     return lambda handler: handler.reply(text, code, **headers)
 
 
-def says(content, **message):
+def says(content, finish="stop", **message):
     """A sound HTTP answer with this message."""
-    return lambda handler: handler.reply(json.dumps(completion(content, **message)))
+    return lambda handler: handler.reply(json.dumps(completion(content, finish, **message)))
+
+
+def complains(message, http=400, **error):
+    """As OpenAI's endpoint complains."""
+    return status(http, json.dumps({"error": {"message": message, "param": None, "code": None} | error}))
 
 
 def sends(text):

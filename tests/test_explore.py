@@ -77,6 +77,42 @@ def test_moving_the_controls_shows_the_grids_numbers(scored, panel):
     assert len(shown) == 3  # another picture each time
 
 
+def test_reset_shows_the_default_again_in_one_picture(panel, monkeypatch):
+    default, state = panel.picture.value, panel.state
+    for name, value in {"clip": "mini-B", "fusion": "text", "seed": 1, "threshold": 0.81}.items():
+        panel.controls[name].value = value
+    assert panel.picture.value != default and panel.state != state
+    drawn, draw = [], explore.plot_panel
+    monkeypatch.setattr(explore, "plot_panel", lambda *a, **k: drawn.append(1) or draw(*a, **k))
+    panel.reset.click()
+    assert panel.state == state and panel.picture.value == default and drawn == [1]
+
+
+def test_a_change_draws_on_the_figure_that_is_there(panel, scored, monkeypatch):
+    """One figure whatever the controls do; what it shows is what a new figure would."""
+    monkeypatch.setattr(explore, "_frame", None)  # who would make another fails
+    figure = panel._figure
+    for threshold in (0.2, 0.7, 0.4):
+        panel.controls["threshold"].value = threshold
+    monkeypatch.undo()
+    new = explore.plot_panel(scored, **panel.state)
+    for ax, other in zip(figure.axes, new.axes, strict=True):
+        assert len(ax.lines) == len(other.lines) and len(ax.patches) == len(other.patches)
+        for line, its in zip(ax.lines, other.lines, strict=True):
+            np.testing.assert_allclose(line.get_xydata(), its.get_xydata())
+        assert ax.get_xlim() == other.get_xlim() and ax.get_title() == other.get_title()
+        names = [[t.get_text() for t in a.get_yticklabels()] for a in (ax, other)]
+        assert names[0] == names[1]
+
+
+def test_the_tables_headers_stand_over_their_columns(panel):
+    """One row of headers, and as many cells in every row."""
+    for table, frame in zip(panel.table.value.split("<br>"), (panel.metrics, panel.confusion), strict=True):
+        head, body = table.split("</thead>")
+        assert head.count("<tr>") == 1 and head.count("<th ") == body.count("<td ") / len(frame)
+        assert "<th " not in body
+
+
 def test_a_slider_computes_when_it_is_let_go(panel):
     assert panel.controls["threshold"].continuous_update is False
 

@@ -30,7 +30,7 @@ def dotted(path: Path) -> str:
 def imports(path: Path) -> set[str]:
     """The package's own modules that ``path`` imports, wherever in the file it does so."""
     names, known = set(), {dotted(p) for p in MODULES}
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -76,7 +76,7 @@ def test_the_method_is_short(name):
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_nothing_unsafe_is_loaded(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
             assert not {"pickle", "dill", "joblib"} & set(names), f"{path}:{node.lineno}"
@@ -92,8 +92,21 @@ def test_nothing_unsafe_is_loaded(path):
         assert name not in ("eval", "exec", "os.system", "pd.read_pickle"), where
 
 
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_texts_are_read_and_written_in_utf_8_whatever_the_locale(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name, given = ast.unparse(node.func), {k.arg for k in node.keywords}
+        binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in node.args[1:2])
+        if name == "open" and not any("b" in ast.unparse(a) for a in node.args[1:2]) and not binary:
+            assert "encoding" in given, f"{path}:{node.lineno}"
+        if name.endswith((".read_text", ".write_text")):
+            assert "encoding" in given, f"{path}:{node.lineno}"
+
+
 def cells(path):
-    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -111,7 +124,7 @@ def test_notebooks_take_literal_parameters(path):
 def test_committed_notebooks_are_executed_in_order(path):
     counts = [c["execution_count"] for c in cells(path)]
     assert counts == list(range(1, len(counts) + 1)), "run it: nbval compares no cell without a count"
-    assert json.loads(path.read_text())["metadata"]["kernelspec"]["name"] == "python3"
+    assert json.loads(path.read_text(encoding="utf-8"))["metadata"]["kernelspec"]["name"] == "python3"
     for cell in cells(path):
         assert not [o for o in cell["outputs"] if o["output_type"] == "error"]
         if "nbval-check-output" in cell["metadata"].get("tags", []):

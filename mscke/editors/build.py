@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from mscke.benchmark import Benchmark, load_benchmark
-from mscke.checkpoint import code_of
+from mscke.checkpoint import code_of, read_kept
 from mscke.classifier import ScopeClassifier
 from mscke.config import Track, get_track
 from mscke.editors.base import Editor
@@ -133,7 +133,7 @@ def ike_choices(track: Track, bench: Benchmark, backbone: str | MLLM) -> pd.Data
     made_of = f"{fingerprint(base.model)[:8]}-{digest([*bench.train, *held])[:8]}-{code}"
     path = track.outputs / "trained" / f"ike-{base.name}-{made_of}" / "validation.csv"
     with processes().main_process_first():
-        if not path.exists():
+        if read_kept(path, pd.read_csv) is None:
             _, table = choose_k(base, bench.train, MiniLMEncoder(track.features), held)
             write_whole(path, lambda p: table.to_csv(p, index=False))
     return pd.read_csv(path)

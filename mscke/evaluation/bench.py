@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mscke.benchmark import Benchmark, load_benchmark
 from mscke.benchmark.sample import EditRecord
+from mscke.checkpoint import read_kept
 from mscke.classifier import ScopeClassifier
 from mscke.config import Track, get_track
 from mscke.editors import build
@@ -181,9 +182,9 @@ def measured(track: Track, bench: Benchmark, part: str, again: bool = False) -> 
     Measured once with this code, so that a notebook that is run again times nothing, unless ``again``.
     """
     kept = {name: track.outputs / "rows" / made_of(track) / f"bench-{name}.csv" for name in PARTS}
-    if again or not kept[part].exists():
+    if again or read_kept(kept[part], pd.read_csv) is None:
         _write(PARTS[part](track, bench), kept[part])
-    there = [pd.read_csv(path) for path in kept.values() if path.exists()]
+    there = [read_kept(path, pd.read_csv) for path in kept.values()]
     _write(pd.concat(there), track.figures / "tables" / "bench.csv")
     return pd.read_csv(kept[part])
 

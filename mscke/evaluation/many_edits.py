@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mscke.benchmark import load_benchmark
 from mscke.benchmark.sample import EditRecord
+from mscke.checkpoint import read_kept
 from mscke.config import get_track
 from mscke.editors import build
 from mscke.editors.mscke import MSCKE, own_edits
@@ -162,7 +163,7 @@ def run_sizes(track_name: str, backbone: str, method: str, sizes: Sequence[int],
     track = get_track(track_name)
     name = "-".join(map(str, [method, *sizes]))
     path = track.outputs / "rows" / key / backbone / f"{name}.parquet"
-    if not path.exists():
+    if read_kept(path, pd.read_parquet) is None:
         bench, base = load_benchmark(track), build.load_base(track, backbone)
         editor = build.editor(track, bench, base, method)
         if isinstance(editor, MSCKE):

@@ -90,5 +90,5 @@ def held(field: str) -> int:
     if not status.exists():  # macOS, in bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # on Linux ru_maxrss starts at what the parent held, so that a child of a large process shows nothing
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(field))
     return 1024 * int(line.split()[1])

@@ -16,13 +16,17 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter
 
 from mscke.evaluation.metrics import ROLES
 from mscke.evaluation.outcomes import COLUMNS, answered
 from mscke.evaluation.protocol import save_rows
 from mscke.report.figures import IN, OUT, TEXT, draw_interval, draw_rows, draw_scores
 from mscke.report.tables import LABELS, bootstrap
+
+DPI = 80  # of the panel's picture: to be looked at, and quick to draw
 
 
 @dataclass(frozen=True)
@@ -75,59 +79,95 @@ def confusion(reference: np.ndarray, rho: np.ndarray, threshold: float = 0.5) ->
     return table.set_axis([" ".join(c) for c in columns], axis=1)
 
 
-def plot_panel(scored: Scored, clip: str, fusion: str, seed: int, threshold: float = 0.5) -> Figure:
-    """Metrics, scores and confusion by reference of one classifier at one threshold."""
+def plot_panel(
+    scored: Scored, clip: str, fusion: str, seed: int, threshold: float = 0.5, fig: Figure | None = None
+) -> Figure:
+    """Metrics, scores and confusion by reference of one classifier at one threshold.
+
+    ``fig``: a figure that this made of the same records before. Its axes stay, which spares most of the time, and only
+    what the controls move is drawn anew.
+    """
     rho = scored.rho[clip, fusion, seed]
-    fig = plt.figure(figsize=(10.5, 3.4))
-    left, middle, right = fig.subfigures(1, 3, width_ratios=(1, 1.2, 1))
-    found = metrics(scored.values, rho, threshold)
-    ax = left.subplots()
+    found, asked = metrics(scored.values, rho, threshold), confusion(scored.reference, rho, threshold)
+    fresh, fig = fig is None, fig or _frame(len(found), len(asked))
+    left, *middle, right = fig.axes
+    for ax in fig.axes:
+        for artist in (*ax.lines, *ax.collections, *ax.patches):
+            artist.remove()
     for place, row in enumerate(found.itertuples()):
-        draw_interval(ax, place, row.value, row.lo, row.hi, IN)
-    draw_rows(ax, [f"{LABELS[r.metric]}  {r.value:.1f}" for r in found.itertuples()])
-    ax.set(xlim=(-2, 102), xlabel="per cent, with 95 % intervals", title="metrics")
+        draw_interval(left, place, row.value, row.lo, row.hi, IN)
+    left.yaxis.set_major_formatter(
+        FixedFormatter([f"{LABELS[r.metric]}  {r.value:.1f}" for r in found.itertuples()])
+    )
     sides = (("in scope", IN), ("out of scope", OUT), ("text only", TEXT))
-    for ax, (name, colour), own in zip(middle.subplots(3, sharex=True), sides, rho.T[2:], strict=True):
+    for ax, (name, colour), own in zip(middle, sides, rho.T[2:], strict=True):
         draw_scores(ax, name, own, colour, threshold)
-    ax.set(xlabel="scope score ρ", xlim=(0, 1))
-    _draw_confusion(right.subplots(), confusion(scored.reference, rho, threshold))
-    fig.suptitle(f"{fusion} · {clip} · seed {seed} · ρ ≥ {threshold:.2f}")
+        ax.relim()
+        ax.autoscale_view(scalex=False)
+    for side, colour in (("in scope", IN), ("out of scope", OUT)):  # far apart is good
+        taken, left_alone = asked[f"{side} taken"], asked[f"{side} left"]
+        right.plot(100 * taken / (taken + left_alone), range(len(asked)), "o", color=colour, label=side)
+    right.yaxis.set_major_formatter(
+        FixedFormatter([f"{name}  ({n:,})" for name, n in asked.sum(axis=1).items()])
+    )
+    if fresh:
+        right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, fontsize=7.5)
+    fig.suptitle(f"{fusion} · {clip} · seed {seed} · ρ ≥ {threshold:.2f}", y=0.99)
     return fig
 
 
-def _draw_confusion(ax, table: pd.DataFrame) -> None:
-    """The share of in-scope and of out-of-scope questions that are taken: far apart is good."""
-    for side, colour in (("in scope", IN), ("out of scope", OUT)):
-        taken, left = table[f"{side} taken"], table[f"{side} left"]
-        ax.plot(100 * taken / (taken + left), range(len(table)), "o", color=colour, label=side)
-    draw_rows(ax, [f"{name}  ({n:,})" for name, n in table.sum(axis=1).items()])
-    ax.set(xlim=(-4, 104), xlabel="questions taken by the edit (%)", title="by reference")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, fontsize=7.5)
+def _frame(n_metrics: int, n_kinds: int) -> Figure:
+    """The figure with its five axes: all that no control moves."""
+    fig = plt.figure(figsize=(10.5, 3.4), dpi=DPI)
+    subfigures = fig.subfigures(1, 3, width_ratios=(1, 1.2, 1))
+    left, middle, right = (
+        subfigures[0].subplots(),
+        subfigures[1].subplots(3, sharex=True),
+        subfigures[2].subplots(),
+    )
+    draw_rows(left, [""] * n_metrics)
+    left.set(xlim=(-2, 102), xlabel="per cent, with 95 % intervals", title="metrics")
+    middle[-1].set(xlabel="scope score ρ", xlim=(0, 1))
+    draw_rows(right, [""] * n_kinds)
+    right.set(xlim=(-4, 104), xlabel="questions taken by the edit (%)", title="by reference")
+    return fig
 
 
 class Panel(widgets.VBox):
     """Controls over :func:`plot_panel` and the tables beside it; nothing is computed here, nothing written."""
 
     def __init__(self, scored: Scored, clip: str, fusion: str = "dot", seed: int = 0, threshold: float = 0.5):
-        self.scored = scored
+        self.scored, self._figure = scored, None
         clips, fusions, seeds = (list(dict.fromkeys(names)) for names in zip(*scored.rho, strict=True))
         self.controls = {
             "clip": widgets.ToggleButtons(options=clips, value=clip, description="CLIP"),
             "fusion": widgets.ToggleButtons(options=fusions, value=fusion, description="fusion"),
             "seed": widgets.ToggleButtons(options=seeds, value=seed, description="seed"),
             "threshold": widgets.FloatSlider(
-                threshold, min=0, max=1, step=0.01, description="ρ ≥", continuous_update=False
+                threshold, min=0, max=1, step=0.01, description="ρ ≥", continuous_update=False,
+                layout=widgets.Layout(width="42em"),
             ),
-        }
+        }  # fmt: skip
+        self.default, self._resetting = self.state, False
+        self.reset = widgets.Button(description="reset", tooltip="Back to what the notebook shows")
+        self.reset.on_click(lambda _: self.go_back())
         self.picture, self.table = widgets.Image(format="png"), widgets.HTML()
-        super().__init__([*self.controls.values(), self.picture, self.table])
+        super().__init__([*self.controls.values(), self.reset, self.picture, self.table])
         for control in self.controls.values():
-            control.observe(lambda _: self.update(), "value")
+            control.observe(lambda _: self._resetting or self.update(), "value")
         self.update()
 
     @property
     def state(self) -> dict:
         return {name: control.value for name, control in self.controls.items()}
+
+    def go_back(self) -> None:
+        """Set every control as it was at first."""
+        self._resetting = True  # one picture, not one a control
+        for name, value in self.default.items():
+            self.controls[name].value = value
+        self._resetting = False
+        self.update()
 
     def update(self) -> None:
         """Show what the controls say."""
@@ -135,9 +175,12 @@ class Panel(widgets.VBox):
         rho = scored.rho[state["clip"], state["fusion"], state["seed"]]
         self.metrics = metrics(scored.values, rho, state["threshold"])
         self.confusion = confusion(scored.reference, rho, state["threshold"])
-        self.picture.value = _png(plot_panel(scored, **state))
-        tables = [self.metrics.set_index("metric").round(1), self.confusion]
-        self.table.value = "".join(t.to_html(border=0) for t in tables)
+        first, self._figure = self._figure is None, plot_panel(scored, **state, fig=self._figure)
+        if first:  # the axes find their places, and stay there
+            self._figure.draw_without_rendering()
+            self._figure.set_layout_engine("none")
+        self.picture.value = _png(self._figure)
+        self.table.value = _html([self.metrics.round(1), self.confusion.reset_index()])
 
     def _repr_mimebundle_(self, **options) -> dict:
         """The live widget and, for a reader without a kernel, its picture."""
@@ -145,8 +188,20 @@ class Panel(widgets.VBox):
         return super()._repr_mimebundle_(**options) | {"image/png": picture}
 
 
+def _html(tables: list[pd.DataFrame]) -> str:
+    """Tables as a notebook shows them: every header over its column, numbers to the right."""
+    cell = "text-align: right; padding: 0.2em 0.8em; white-space: nowrap"
+    styles = [
+        {"selector": "th, td", "props": cell},
+        {"selector": "thead", "props": "border-bottom: 1px solid"},
+    ]
+    styled = (t.style.hide(axis="index").format(precision=1).set_table_styles(styles) for t in tables)
+    return "<div>" + "<br>".join(s.set_uuid(str(i)).to_html() for i, s in enumerate(styled)) + "</div>"
+
+
 def _png(fig: Figure) -> bytes:
+    """The figure as it stands: one drawing, where ``savefig`` makes two to trim its margins."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=80, metadata={"Software": None})
+    FigureCanvasAgg(fig).print_png(buffer, metadata={"Software": None})
     plt.close(fig)
     return buffer.getvalue()

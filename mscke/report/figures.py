@@ -207,8 +207,10 @@ def draw_scores(ax: Axes, name: str, rho: np.ndarray, colour: str, threshold: fl
     """Histogram of scores (n,) in [0, 1], those on the wrong side of the threshold pale."""
     heights, edges = np.histogram(rho, np.linspace(0, 1, 41))
     wrong = (edges[:-1] < threshold) == (name == "in scope")
-    shades = [(colour, 0.45 if w else 1.0) for w in wrong]
-    ax.bar(edges[:-1], 100 * heights / len(rho), 1 / 40, align="edge", color=shades)
+    for part, alpha in ((~wrong, 1.0), (wrong, 0.45)):
+        ax.stairs(
+            np.where(part, 100 * heights / len(rho), 0), edges, fill=True, color=colour, alpha=alpha, lw=0
+        )
     ax.axvline(threshold, color="#222222", lw=1, ls=(0, (4, 3)))
     right = np.mean(rho >= threshold if name == "in scope" else rho < threshold)
     ax.set_title(f"{name}: {100 * right:.1f} % on the right side", color=colour, fontsize=8.5, pad=4)

@@ -26,7 +26,7 @@ class FolderLock:
         self._process = os.getpid()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(folder / LOCK, "a")  # noqa: SIM115 (stays open)
+            self._file = open(folder / LOCK, "a", encoding="utf-8")  # noqa: SIM115 (stays open)
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
