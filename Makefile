@@ -1,21 +1,30 @@
 # Everything here is made from this file: `make help` lists the targets.
 #
-# Without PYTHON, a virtual environment .venv is made from requirements.lock. With it, say `make PYTHON=python test`
-# inside an active conda environment, that interpreter is used as it is.
+# Without PYTHON, a virtual environment .venv is made from requirements.lock, by the first Python of BASE_PYTHON that
+# will do. With it, say `make PYTHON=python test` inside an active conda environment, that interpreter is used as it is.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
+.NOTPARALLEL: # one notebook after the other, whatever -j says: each has all cores, and kernels that start together race for ports
 
-BASE_PYTHON ?= python3.11
-ifdef PYTHON
+# A variable that merely lies in the environment is not meant for us; on make's command line it is.
+$(foreach name,PYTHON PRESET DATA MODELS,$(if $(filter environment,$(origin $(name))),\
+  $(warning $(name) of the environment is not taken; say make $(name)=… if it is meant)$(eval $(name) :=)$(eval unexport $(name))))
+BASE_PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3
+LOCK := requirements.lock
+BUILT := torch torchvision numpy scipy pandas pyarrow pillow matplotlib# of the lock: each has a wheel for some Pythons only
+ifneq ($(PYTHON),)
 ENV := active-env
 else
 PYTHON := .venv/bin/python
 ENV := .venv/.stamp
 endif
+RUN := "$(PYTHON)"
+# A path of the user's as one that holds in any folder; make's own functions would cut it at its spaces.
+whole = $(shell path='$(1)'; first="$${path:0:1}"; if [ "$$first" = "~" ]; then path="$$HOME$${path:1}"; elif [ -n "$$path" ] && [ "$$first" != / ]; then path="$$PWD/$$path"; fi; printf %s "$$path")
 
 # What each notebook is, and the modules it uses: a change to a figure does not retrain a model.
 NOTEBOOKS := 01_data 02_training 03_main_results 04_ablation 05_transfer 06_cost 07_beyond
@@ -30,7 +39,7 @@ ABOUT.07_beyond       := goes past the paper's limits: a grounded classifier, a 
 
 REPORT   := $(wildcard mscke/report/figures.py mscke/report/pictures.py mscke/report/tables.py)
 BENCHMARK := $(wildcard mscke/config.py mscke/benchmark/*.py)
-TRAINING := $(BENCHMARK) $(wildcard mscke/models/*.py mscke/classifier.py mscke/search.py mscke/store.py mscke/memory.py mscke/router.py mscke/checkpoint.py mscke/fit.py mscke/training.py) \
+TRAINING := $(BENCHMARK) $(wildcard mscke/models/*.py mscke/classifier.py mscke/storage/*.py mscke/memory.py mscke/router.py mscke/checkpoint.py mscke/fit.py mscke/training.py) \
             $(wildcard mscke/editors/*.py mscke/assets/*.safetensors mscke/assets/*/*.safetensors)
 RESULTS  := $(TRAINING) $(wildcard mscke/evaluation/*.py mscke/report/*.py)
 
@@ -40,10 +49,10 @@ PAPER     := paper$(PRESET:%=-%)
 PAPER_STAMPS := outputs/$(PAPER)/.stamps
 PAPERS    := $(filter-out 07_beyond,$(NOTEBOOKS)) # the paper's experiments
 NOTE      := *Executed on the track `$(PAPER)`. What the text says of results was written about the track `mini`.*
-PAPERMILL := $(PYTHON) -m papermill -k python3 --cwd notebooks --no-progress-bar --log-output --execution-timeout 3600
+PAPERMILL := $(RUN) -m papermill -k python3 --cwd notebooks --no-progress-bar --log-output --execution-timeout 3600
 # On mini every output is compared but plots and timings (tagged nbval-ignore-output); on smoke, only those
 # that cannot depend on size (tagged nbval-check-output). Figures go elsewhere: what is timed then is not alone.
-NBVAL     := TQDM_DISABLE=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --nbval-current-env --nbval-cell-timeout 3600 \
+NBVAL     := TQDM_DISABLE=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest --nbval-current-env --nbval-cell-timeout 3600 --nbval-kernel-startup-timeout 600 \
              --nbval-sanitize-with tests/nbval_sanitize.cfg
 TWO       := -n 2 --dist loadfile # two files at a time: hence the policy, else one's idle threads keep the other's waiting
 
@@ -53,8 +62,8 @@ test: export TQDM_DISABLE := 1
 reproduce smoke test: export HF_HUB_OFFLINE := 1
 reproduce smoke test: export HF_HUB_DISABLE_PROGRESS_BARS := 1
 # Folders of the user's own that hold the paper's data and models; only read.
-paper paper-data paper-check: export MSCKE_DATA := $(if $(DATA),$(abspath $(DATA:~%=$(HOME)%)))
-paper paper-data paper-check: export MSCKE_MODELS := $(if $(MODELS),$(abspath $(MODELS:~%=$(HOME)%)))
+paper paper-data paper-check: export MSCKE_DATA := $(call whole,$(DATA))
+paper paper-data paper-check: export MSCKE_MODELS := $(call whole,$(MODELS))
 # The kernel "python3" is this environment's, even where the user has another of that name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
@@ -66,23 +75,45 @@ help: ## list the targets
 
 env: $(ENV) ## make or refresh .venv from requirements.lock (with PYTHON=python: the active environment as it is)
 
-.venv/.stamp: requirements.lock pyproject.toml
-	@echo "== .venv: installing requirements.lock"
-	test -x .venv/bin/pip || $(BASE_PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -r requirements.lock
+# A Python will do if it runs, is new enough, can make an environment, and the lock has wheels for it: all of that is
+# seen before anything is installed.
+define FIND_PYTHON
+rm -rf .venv; why=; for python in $(BASE_PYTHON); do
+  if ! found=$$("$$python" -c "import sys; print(sys.version.split()[0]); sys.exit(sys.version_info < (3, 11))" 2>/dev/null); then
+    why+="  $$python: $${found:-not there}$${found:+ is older than 3.11}"$$'\n'; continue; fi
+  if ! "$$python" -m venv .venv >/dev/null 2>&1; then
+    why+="  $$python: $$found cannot make an environment (on Debian: apt install python3-venv)"$$'\n'; rm -rf .venv; continue; fi
+  if said=$$(.venv/bin/python -m pip install -q --dry-run --no-deps --only-binary :all: \
+      $$(grep -E "^($$(tr ' ' '|' <<<"$(BUILT)"))==" "$(LOCK)" | sed 's/ *;.*//') 2>&1); then
+    echo "== .venv: by $$python ($$found)"; echo "$$found" > .venv/.python; exit 0; fi
+  why+="  $$python: $$found, but $(LOCK) has no wheels for it here: $$(grep -m 1 ERROR <<<"$$said" || tail -n 1 <<<"$$said")"$$'\n'; rm -rf .venv
+done
+printf '%s\n' "No Python here will do:" "$${why%?}" "Install Python 3.11 (apt install python3.11 python3.11-venv, brew install python@3.11," \
+  "conda create -n py311 python=3.11, or uv python install 3.11), or name one: make BASE_PYTHON=/path/to/python3.11 env" >&2
+exit 1
+endef
+export FIND_PYTHON
+
+.venv/.python: $(LOCK)
+	@if .venv/bin/python -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && .venv/bin/python -m pip --version >/dev/null 2>&1; \
+	then touch $@; else if [ -e .venv ]; then echo "== .venv: its Python is gone or too old; it is made anew"; fi; bash -eu -o pipefail -c "$$FIND_PYTHON"; fi
+
+.venv/.stamp: .venv/.python $(LOCK) pyproject.toml
+	@echo "== .venv: installing $(LOCK)"
+	.venv/bin/python -m pip install --only-binary :all: -r "$(LOCK)"
 	.venv/bin/python -m pip install --no-deps --no-build-isolation -e .
 	touch $@
 
 active-env:
-	@$(PYTHON) -P -c 'import importlib.util as u, sys; s = u.find_spec("mscke"); sys.exit(not s or not s.origin.startswith(sys.argv[1]))' $(CURDIR)/ \
-	  || $(PYTHON) -m pip install --no-deps -e .
+	@$(RUN) -P -c 'import importlib.util as u, sys; s = u.find_spec("mscke"); sys.exit(not s or not s.origin.startswith(sys.argv[1]))' "$(CURDIR)/" \
+	  || $(RUN) -m pip install --no-deps -e .
 
 reproduce: $(NOTEBOOKS:%=$(STAMPS)/%) ## run the notebooks on the mini track, keep their outputs, compare with the paper
-	MSCKE_TRACK=mini $(PYTHON) -m mscke.report.registry
+	MSCKE_TRACK=mini $(RUN) -m mscke.report.registry
 	@echo "== the paper's numbers, the committed and the regenerated ones"
-	MSCKE_TRACK=mini $(PYTHON) -m mscke.report.verify
+	MSCKE_TRACK=mini $(RUN) -m mscke.report.verify
 	@echo "== nbval: the notebooks' checked outputs, two notebooks at a time"
-	MSCKE_TRACK=mini MSCKE_FIGURES=$(CURDIR)/outputs/mini/checked $(NBVAL) --nbval $(TWO) notebooks
+	MSCKE_TRACK=mini MSCKE_FIGURES="$(CURDIR)/outputs/mini/checked" $(NBVAL) --nbval $(TWO) notebooks
 
 # One stamp a notebook: an interrupted `make reproduce` goes on where it was.
 $(STAMPS)/01_data $(PAPER_STAMPS)/01_data: $(BENCHMARK) $(REPORT) mscke/editors/serac.py
@@ -99,12 +130,12 @@ $(NOTEBOOKS:%=$(STAMPS)/%): $(STAMPS)/%: notebooks/%.ipynb | $(ENV)
 	@echo "== $*: $(ABOUT.$*)"
 	@mkdir -p $(@D) outputs/notebooks
 	MSCKE_TRACK=mini $(PAPERMILL) $< outputs/notebooks/$*.ipynb
-	$(PYTHON) -m mscke.report.clean outputs/notebooks/$*.ipynb outputs/notebooks/$*.clean.ipynb
+	$(RUN) -m mscke.report.clean outputs/notebooks/$*.ipynb outputs/notebooks/$*.clean.ipynb
 	mv outputs/notebooks/$*.clean.ipynb $<
 	touch $@
 
 test: $(ENV) ## run the tests, then the notebooks under nbval on a few dozen records
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(TWO) tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TWO) tests
 	@echo "== nbval: $(NOTEBOOKS) on the smoke track"
 	MSCKE_TRACK=smoke $(NBVAL) --nbval-lax $(TRAINS:%=notebooks/%.ipynb)
 	MSCKE_TRACK=smoke $(NBVAL) --nbval-lax $(TWO) $(AFTER_TRAINING:%=notebooks/%.ipynb)
@@ -123,20 +154,20 @@ $(NOTEBOOKS:%=smoke-%): smoke-%: notebooks/%.ipynb | $(ENV)
 	mv outputs/smoke/notebooks/$*.tmp.ipynb outputs/smoke/notebooks/$*.ipynb
 
 bench: $(ENV) ## time ours against the released way again, and write figures/tables/bench.csv
-	MSCKE_TRACK=mini $(PYTHON) -m mscke.evaluation.bench
+	MSCKE_TRACK=mini $(RUN) -m mscke.evaluation.bench
 
 pretrain: $(ENV) ## pretrain the mini models again and write their weights to mscke/assets
-	$(PYTHON) -m mscke.models.pretrain
+	$(RUN) -m mscke.models.pretrain
 
 paper: $(PAPERS:%=$(PAPER_STAMPS)/%) ## run the notebooks on the paper's models and data, into outputs/ (DATA=, MODELS=, PRESET=tiny)
-	MSCKE_TRACK=$(PAPER) $(PYTHON) -m mscke.report.registry
+	MSCKE_TRACK=$(PAPER) $(RUN) -m mscke.report.registry
 	@echo "== outputs/$(PAPER): notebooks in notebooks/, tables and figures in figures/"
 
 # Fetched and verified when the track is run first; later only what the notebooks open is verified again.
 $(PAPER_STAMPS)/fetched: | $(ENV)
 	@mkdir -p $(@D)
-	$(if $(filter tiny,$(PRESET)),$(PYTHON) -m mscke.models.tiny $(PAPER))
-	$(PYTHON) -m mscke.benchmark.fetch --track $(PAPER)
+	$(if $(filter tiny,$(PRESET)),$(RUN) -m mscke.models.tiny $(PAPER))
+	$(RUN) -m mscke.benchmark.fetch --track $(PAPER)
 	touch $@
 
 # Training may take a day: no cell has a time limit.
@@ -144,33 +175,33 @@ $(PAPERS:%=$(PAPER_STAMPS)/%): $(PAPER_STAMPS)/%: notebooks/%.ipynb | $(ENV) $(P
 	@echo "== $* ($(PAPER)): $(ABOUT.$*)"
 	@mkdir -p outputs/$(PAPER)/notebooks
 	MSCKE_TRACK=$(PAPER) $(PAPERMILL:3600=-1) $< outputs/$(PAPER)/notebooks/$*.tmp.ipynb
-	$(PYTHON) -m mscke.report.clean outputs/$(PAPER)/notebooks/{$*.tmp,$*}.ipynb '$(NOTE)'
+	$(RUN) -m mscke.report.clean outputs/$(PAPER)/notebooks/{$*.tmp,$*}.ipynb '$(NOTE)'
 	rm outputs/$(PAPER)/notebooks/$*.tmp.ipynb
 	touch $@
 
 paper-data: $(ENV) ## fetch FGVEdit, the COCO images it names and the models; lock and verify them (DATA=, MODELS=)
-	$(PYTHON) -m mscke.benchmark.fetch
+	$(RUN) -m mscke.benchmark.fetch
 
 paper-check: $(ENV) ## say what the paper track has and lacks here; changes nothing
-	$(PYTHON) -m mscke.report.paper_check
+	$(RUN) -m mscke.report.paper_check
 
 lab: $(ENV) ## open the notebooks in JupyterLab
-	$(PYTHON) -m jupyter lab notebooks
+	$(RUN) -m jupyter lab notebooks
 
 # Every release of the environment, as the ranges of pyproject.toml resolve in it. PyTorch's CUDA libraries
 # are installed on Linux only.
 lock: $(ENV) ## write requirements.lock from the environment, after installing what pyproject.toml asks for
-	$(PYTHON) -m pip install --no-build-isolation -e '.[dev]'
+	$(RUN) -m pip install --no-build-isolation -e '.[dev]'
 	{ sed '/^[^#]/,$$d' requirements.lock; \
-	  $(PYTHON) -m pip list --format=freeze --exclude-editable --exclude pip --exclude mscke \
+	  $(RUN) -m pip list --format=freeze --exclude-editable --exclude pip --exclude mscke \
 	    | sed -E 's/^((nvidia|cuda|triton)[^ ]*)$$/\1 ; platform_system == "Linux"/'; \
 	} > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 	if [ -e .venv/.stamp ]; then touch .venv/.stamp; fi
 
 lint: $(ENV) ## check style and formatting with ruff
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 clean: ## remove outputs/ and caches, never .venv or a committed file
 	rm -rf outputs build mscke.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -7,16 +7,21 @@ import hashlib
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+Kept = TypeVar("Kept")
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -29,6 +34,19 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     except BaseException:  # a full disk, say: leave nothing on it
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_kept(path: Path, read: Callable[[Path], Kept]) -> Kept | None:
+    """What ``read`` makes of a file that we keep; None where there is none, or where it is damaged (a full disk, a power
+    cut): a warning then names it, and who asked makes it anew."""
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except Exception as error:  # each format has errors of its own
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        warnings.warn(f"{path} is damaged and is made anew ({reason})", stacklevel=3)
+        return None
 
 
 def code_of(*modules: str) -> str:
@@ -46,11 +64,12 @@ def code_of(*modules: str) -> str:
 
 def read(folder: Path, made_of: dict) -> dict:
     """The checkpoint in ``folder``, empty if there is none; ValueError if it is of a run made of other things."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
+
+    def load(path: Path) -> dict:  # mapped: of a run that is over, little is read
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    if not (saved := read_kept(folder / "checkpoint.pt", load)):
         return {}
-    # mapped: of a run that is over, little is read
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     keys = made_of.keys() | saved["made_of"].keys()
     if other := sorted(k for k in keys if saved["made_of"].get(k) != made_of.get(k)):
         raise ValueError(f"{folder} holds a run with other {', '.join(other)}: delete it to train anew")
@@ -64,8 +83,9 @@ def save(folder: Path, state: dict) -> None:
 
 def published(folder: Path) -> int:
     """How many epochs what others read is of."""
-    curve = folder / "curve.csv"  # written last
-    return len(pd.read_csv(curve)) if curve.exists() and (folder / "model.safetensors").exists() else 0
+    curve = read_kept(folder / "curve.csv", pd.read_csv)  # written last
+    weights = read_kept(folder / "model.safetensors", lambda path: safe_open(path, "pt"))
+    return 0 if curve is None or weights is None else len(curve)
 
 
 def publish(folder: Path, weights: dict[str, Tensor], rows: list[dict]) -> None:

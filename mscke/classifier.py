@@ -12,6 +12,7 @@ two embeddings gives ρ ∈ (0, 1). One embedding an (image, text) pair, so a me
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,9 +24,11 @@ from mscke.benchmark.sample import Query
 from mscke.models.attention import attend_folded, sum_patches
 from mscke.models.clip import ClipEncoder, Features
 from mscke.models.features import fingerprint
+from mscke.storage.revision import SAME
 
 FUSIONS = ("text", "concat", "dot_pooled", "cross", "dot")  # those that the paper speaks of
 OURS = ("grounded",)
+BLIND = ("text", "concat", "dot_pooled")  # to which thing of one picture is meant
 SIMILARITIES = ("logistic", "exponential")
 
 
@@ -130,6 +133,15 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
             return self.scale.exp() * (self.margin - distance)
         distance = distance.clamp(min=1e-6)
         return -distance - torch.log(-torch.expm1(-distance))
+
+    @property
+    def within(self) -> float:
+        """Squared distance up to which two edits on one picture state the same fact (:mod:`mscke.storage.revision`).
+
+        0 for a fusion that sees no more of a picture than its pooled vector.
+        """
+        edge = self.margin.item() if self.kind == "logistic" else math.log(2)  # where ρ is 0.5
+        return 0.0 if self.fusion in BLIND else max(0.0, SAME * edge)
 
     @torch.inference_mode()
     def embed(self, queries: Sequence[Query], answers: Sequence[str] | None = None) -> Tensor:

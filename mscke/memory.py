@@ -1,8 +1,9 @@
 """The multimodal edit memory: edits beside their embeddings; the base model is never touched.
 
-In RAM, or durable when opened on a path; both answer and forget alike::
+In RAM, or durable when opened on a path; both answer and forget alike. A later edit of the same fact
+(:mod:`mscke.storage.revision` says which that is) takes an earlier one's place::
 
-    memory = EditMemory.open("memory", classifier.fingerprint(), classifier.dim)
+    memory = EditMemory.of(classifier, "memory")    # begun there if there is none
     ids = memory.add(edits, embeddings)     # on disk when it returns
     memory.nearest(classifier.embed(queries))
     memory.undo()                           # as before; memory.at(version) and memory.log() look back
@@ -10,7 +11,7 @@ In RAM, or durable when opened on a path; both answer and forget alike::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,21 +19,34 @@ import torch
 from torch import Tensor
 
 from mscke.benchmark.sample import Edit, Query
-from mscke.search import Index
-from mscke.store import Change, EditStore, uninterrupted
+from mscke.storage.alone import in_turn, uninterrupted
+from mscke.storage.changes import Change, Changes
+from mscke.storage.revision import Facts
+from mscke.storage.search import Index, checked
+from mscke.storage.store import EditStore
 
 
+@in_turn("embed_again")  # which takes minutes
 class EditMemory:
     """Edits (image, prompt, answer) and a matrix of their embeddings.
 
     Each edit is embedded once, when it is written; a lookup is one matrix product. An id is a place in the
-    matrix and never used again: what is removed keeps its place, so that it can be brought back.
+    matrix and never used again: what is removed keeps its place, so that it can be brought back. ``within``:
+    squared distance up to which two edits on one picture state the same fact, as :meth:`of` has it from a
+    classifier. Threads may share it.
     """
 
     def __init__(self, dim: int, fingerprint: str = ""):
-        self.dim, self.fingerprint = dim, fingerprint
+        self.dim, self.fingerprint, self.within = dim, fingerprint, 0.0
         self._store: EditStore | None = None
         self._recall([], torch.empty(0, dim), [])
+
+    @classmethod
+    def of(cls, classifier, path: str | Path | None = None) -> EditMemory:
+        """The memory of this classifier: in RAM, or :meth:`open` for writing in folder ``path``, begun if there is none."""
+        memory = cls.open(path, classifier.fingerprint(), classifier.dim) if path else cls(classifier.dim)
+        memory.within = classifier.within
+        return memory
 
     @classmethod
     def open(
@@ -41,7 +55,9 @@ class EditMemory:
         """The memory kept in folder ``path``; with ``dim`` a new one where there is none (FileNotFoundError).
 
         One writer at a time (BlockingIOError), any number of readers, who see it as it was when they
-        opened it. Raises ValueError if another classifier than ``fingerprint`` wrote it.
+        opened it and write nothing into it. Raises ValueError if another classifier than ``fingerprint`` wrote it, or it
+        is damaged. An edit shows the picture that it was stored with, whatever became of the file until now (a
+        warning says so); a file overwritten while the memory is open is noticed when it is opened again.
         """
         store = EditStore(path, dim, fingerprint, read_only)
         try:
@@ -62,12 +78,13 @@ class EditMemory:
         return len(self._index.ids)
 
     def __getitem__(self, edit_id: int) -> Edit:
-        self._require([edit_id])
+        self._require([edit_id], self._changes.replaced)
         return self._edits[edit_id]
 
-    def _require(self, ids: Iterable[int]) -> None:
-        """Raise KeyError, with their numbers, for ids that are not in memory."""
-        if missing := [i for i in set(ids) if not 0 <= i < len(self._edits) or not self._index.here[i]]:
+    def _require(self, ids: Iterable[int], also: Container[int] = ()) -> None:
+        """Raise KeyError, with their numbers, for ids that are neither in memory nor among ``also``."""
+        lacks = lambda i: not 0 <= i < len(self._edits) or not (self._index.here[i] or i in also)  # noqa: E731
+        if missing := [i for i in set(ids) if lacks(i)]:
             raise KeyError(f"no edit with id {sorted(missing)} in memory")
 
     @property
@@ -81,20 +98,17 @@ class EditMemory:
         return self._index.matrix[self._index.ids]
 
     def add(self, edits: Sequence[Edit], embeddings: Tensor) -> list[int]:
-        """Store edits with their embeddings (N, dim); returns their ids.
+        """Store edits with their embeddings (N, dim); returns their ids. Earlier edits that one of them revises
+        are no longer found: :meth:`log` says which, and :meth:`undo` brings them back.
 
         Raises ValueError when the embeddings have another shape, or are not finite.
         """
-        if embeddings.shape != (len(edits), self.dim):
-            raise ValueError(
-                f"{len(edits)} edits need embeddings of shape ({len(edits)}, {self.dim}), "
-                f"got {tuple(embeddings.shape)}: embed them with the classifier of this memory"
-            )
-        z = embeddings.detach().to("cpu", torch.float32)
-        if bad := (~z.square().sum(-1).isfinite()).nonzero().flatten().tolist():
-            raise ValueError(f"the embeddings of edits {bad[:5]} are not finite; nothing was stored")
-        ids = range(len(self._edits), len(self._edits) + len(edits))
-        self._commit("add", ids, edits, z)
+        z = checked(embeddings, len(edits), self.dim)
+        ids = range(n := len(self._edits), n + len(edits))
+        if self._facts.n != n:  # they were read from the disk, or adding the last ones failed
+            self._facts = Facts(self._edits)
+        replaced = self._facts.revise(edits, z, self._index.matrix, self._index.here, self.within)
+        self._commit("add", ids, replaced, edits, z)
         return list(ids)
 
     def remove(self, ids: Iterable[int]) -> None:
@@ -104,32 +118,33 @@ class EditMemory:
 
     def undo(self) -> None:
         """Take back the last change that still stands. Raises ValueError when none does."""
-        if not self._standing:
+        if not self._changes.standing:
             raise ValueError("nothing to undo: every change was taken back, or none was made")
-        self._commit("undo", self._standing[-1].ids)
+        self._commit("undo", self._changes.standing[-1].ids)
 
     def log(self) -> list[Change]:
         """Every change (version, change, ids, time), the first one first; undone ones stay in it."""
-        return list(self._log)
+        return list(self._changes.log)
 
     def at(self, version: int) -> EditMemory:
         """The memory after its first ``version`` changes: a copy in RAM; ValueError if it had fewer."""
-        if not 0 <= version <= len(self._log):
-            raise ValueError(f"no version {version}: this memory has versions 0 to {len(self._log)}")
-        log, past = self._log[:version], EditMemory(self.dim, self.fingerprint)
+        if not 0 <= version <= len(self._changes.log):
+            raise ValueError(f"no version {version}: this memory has versions 0 to {len(self._changes.log)}")
+        log, past = self._changes.log[:version], EditMemory(self.dim, self.fingerprint)
+        past.within = self.within
         n = sum(len(c.ids) for c in log if c.change == "add")
         past._recall(self._edits[:n], self._index.matrix[:n], log)
         return past
 
     def distances(self, embeddings: Tensor, among: Tensor) -> Tensor:
-        """Squared distance (B,) of each query to the one edit ``among`` names for it (KeyError if none)."""
-        self._require(among.tolist())
+        """Squared distance (B,) of each query to the one edit, or replaced one, that ``among`` names (else KeyError)."""
+        self._require(among.tolist(), self._changes.replaced)
         return (embeddings - self._index.matrix[among]).square().sum(-1)
 
     def nearest(self, embeddings: Tensor, k: int = 1, exact: bool = False) -> tuple[Tensor, Tensor]:
         """The k nearest edits of each query: (squared distances, ids), both (B, min(k, N)).
 
-        Found exactly up to :data:`mscke.search.EXACT` edits, beyond them by their codes unless ``exact`` is asked for.
+        Found exactly up to :data:`mscke.storage.search.EXACT` edits, beyond them by their codes unless ``exact`` is asked for.
         Raises ValueError for a query that is not finite.
         """
         return self._index.nearest(embeddings, k, exact)
@@ -139,53 +154,46 @@ class EditMemory:
 
         Raises FileExistsError if something was written there before.
         """
-        edits = [self._edits[i] for i in self.ids.tolist()]
-        prompts = [Query(e.prompt, e.image) for e in edits]
+        ids = self.ids.tolist()
+        edits = self._store.edits(ids) if self._store else [self._edits[i] for i in ids]
+        z = classifier.embed([Query(e.prompt, e.image) for e in edits], [e.answer for e in edits])
         memory = EditMemory.open(path, classifier.fingerprint(), classifier.dim)
         if memory.log():
             memory.close()
             raise FileExistsError(f"there is a memory at {path} already; give a path where there is none")
-        memory.add(edits, classifier.embed(prompts, [e.answer for e in edits]))
+        memory.add(edits, z)  # all of them: none revises another
+        memory.within = classifier.within
         return memory
 
     @torch.inference_mode(False)  # begun while scoring, it can be added to at any time
-    def _commit(self, change: str, ids: Sequence[int], edits: Sequence[Edit] = (), z: Tensor | None = None):
+    def _commit(self, change: str, ids: Sequence[int], replaced=(), edits=(), z: Tensor | None = None):
         """Make a change: on disk first, so that what is acknowledged is durable."""
         if not ids:
             return
-        entry = Change(len(self._log) + 1, change, tuple(ids), datetime.now(UTC))
+        entry = Change(len(self._changes.log) + 1, change, tuple(ids), datetime.now(UTC), tuple(replaced))
         with uninterrupted():
             if self._store:
                 self._write(entry, edits, z)
             if z is not None:
                 self._index.add(z)
                 self._edits += edits
-            self._apply(entry)
+            self._changes.enter(entry, self._index.here)
             self._index.look()
 
     def _write(self, entry: Change, edits: Sequence[Edit], z: Tensor | None) -> None:
         """Append to the disk; where that fails become what is there: the change may have been committed."""
         try:
             self._store.append(entry, edits, z)
-        except (PermissionError, FileNotFoundError):  # refused before anything was written
-            raise
-        except BaseException:
-            self._recall(*self._store.read())
+        except BaseException as error:
+            if not isinstance(error, PermissionError | FileNotFoundError):  # which come before the writing
+                self._recall(*self._store.read())
             raise
 
     @torch.inference_mode(False)
     def _recall(self, edits: Sequence[Edit], embeddings: Tensor, log: Sequence[Change]) -> None:
         """Become what ``log`` makes of the edits (N) ever added and their embeddings (N, dim)."""
-        self._edits, self._log, self._standing = list(edits), [], []
+        self._edits, self._changes, self._facts = list(edits), Changes(), Facts()
         self._index = Index(embeddings)
         for entry in log:
-            self._apply(entry)
+            self._changes.enter(entry, self._index.here)
         self._index.look()
-
-    def _apply(self, entry: Change) -> None:
-        """Enter a change into the log; an undo takes the last one that stands off again."""
-        self._log.append(entry)
-        undone = self._standing.pop() if entry.change == "undo" else None
-        if not undone:
-            self._standing.append(entry)
-        self._index.here[list(entry.ids)] = undone.change == "remove" if undone else entry.change == "add"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mscke.benchmark.answers import normalise_answer
 from mscke.benchmark.sample import EditRecord, Query
 from mscke.checkpoint import code_of
 from mscke.checkpoint import write_whole as write_whole  # for those above
@@ -20,7 +21,7 @@ from mscke.classifier import ScopeClassifier
 from mscke.fit import fit
 from mscke.models.clip import Features
 from mscke.models.counterfactual import CounterfactualModel
-from mscke.models.decoding import in_batches, normalise_answer
+from mscke.models.decoding import in_batches
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
 
@@ -157,7 +158,8 @@ def train_counterfactual(
     def evaluate() -> dict[str, float]:
         queries, edits, answers = examples(validation, asked)
         pairs = zip(model.answer(queries, edits), answers, strict=True)
-        right = torch.tensor([a == normalise_answer(b) for a, b in pairs]).float().view(-1, len(asked))
+        same = [normalise_answer(a) == normalise_answer(b) for a, b in pairs]
+        right = torch.tensor(same).float().view(-1, len(asked))
         return {f"right_{r}": float(v) for r, v in zip(asked, right.mean(0), strict=True)}
 
     code = code_of("mscke.models.counterfactual", *HERE)

@@ -4,12 +4,12 @@ import json
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """``answer(body)`` makes the reply's object. Each request meets the next of ``faults``, if any is left:
+    """``answer(body)`` makes the reply's object, or is itself such a fault. Each request meets the next of ``faults``, if any is left:
     a function of the handler that returns True when it has dealt with the request itself."""
 
     daemon_threads = True
@@ -17,7 +17,7 @@ class JudgeServer(ThreadingHTTPServer):
     def __init__(self, answer, faults=()):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answer, self.faults, self.lock = answer, deque(faults), threading.Lock()
-        self.bodies, self.headers, self.times = [], [], []
+        self.bodies, self.headers = [], []
         self.active = self.most_active = 0
 
     @property
@@ -38,13 +38,13 @@ class _Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.bodies.append(body)
             server.headers.append(dict(self.headers) | {"path": self.path})
-            server.times.append(time.monotonic())
             server.active += 1
             server.most_active = max(server.most_active, server.active)
             fault = server.faults.popleft() if server.faults else None
         try:
             if not (fault and fault(self)):
-                self.reply(json.dumps(completion(json.dumps(server.answer(body)))))
+                answer = server.answer(body)
+                answer(self) if callable(answer) else self.reply(json.dumps(completion(json.dumps(answer))))
         finally:
             with server.lock:
                 server.active -= 1
@@ -62,11 +62,11 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def completion(content, **message):
+def completion(content, finish="stop", **message):
     """The object that a chat completion is."""
     choice = {
         "index": 0,
-        "finish_reason": "stop",
+        "finish_reason": finish,
         "message": {"role": "assistant", "content": content} | message,
     }
     return {
@@ -97,9 +97,14 @@ def status(code, text="try later", **headers):
     return lambda handler: handler.reply(text, code, **headers)
 
 
-def says(content, **message):
+def says(content, finish="stop", **message):
     """A sound HTTP answer with this message."""
-    return lambda handler: handler.reply(json.dumps(completion(content, **message)))
+    return lambda handler: handler.reply(json.dumps(completion(content, finish, **message)))
+
+
+def complains(message, http=400, **error):
+    """As OpenAI's endpoint complains."""
+    return status(http, json.dumps({"error": {"message": message, "param": None, "code": None} | error}))
 
 
 def sends(text):
@@ -107,8 +112,17 @@ def sends(text):
     return lambda handler: handler.reply(text)
 
 
-def slow(seconds):
-    return lambda handler: time.sleep(seconds)
+def silent(handler):
+    """Say nothing until the client has gone."""
+    with suppress(OSError):
+        handler.connection.recv(1)
+    return hang_up(handler)
+
+
+def together(n):
+    """Answer when n requests are there at once."""
+    barrier = threading.Barrier(n, timeout=120)
+    return lambda handler: barrier.wait() and False
 
 
 def cut(handler):
@@ -125,9 +139,10 @@ def hang_up(handler):
 
 
 def drip(handler):
-    """Never quite silent, never done: a space every 50 ms for 6 s."""
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-    for _ in range(120):
-        handler.wfile.write(b" ")
-        time.sleep(0.05)
+    """Never quite silent, never done: a space every 50 ms until the client has gone."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+    with suppress(OSError):
+        while True:
+            handler.wfile.write(b" ")
+            time.sleep(0.05)
     return hang_up(handler)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from itertools import groupby
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from judge_server import says, serve, status
+from judge_server import complains, says, serve, status
 from PIL import Image
 
 from mscke.benchmark.construct import construct, main
@@ -307,7 +308,7 @@ def test_generated_records_are_judged_as_generated(tmp_path):
         pairs += [Pair(ask, row["alt"], inside), Pair(ask, row["alt"], outside)]
         sides += [("entailed", row["fg_gen_a"]), ("independent", row["fg_loc_a"])]
     with serve(program(pictures)) as server:
-        judged, _ = judge_pairs(judge(server, tmp_path), pairs, tmp_path, repeat=0)
+        judged, *_ = judge_pairs(judge(server, tmp_path), pairs, tmp_path, repeat=0)
     assert [j.pair for j in judged] == pairs
     assert [(j.scope, j.answer) for j in judged] == sides
 
@@ -340,8 +341,13 @@ def judged_by(answer, dump, out, faults=(), repeat=0):
 def test_refusals_neithers_and_empty_answers_are_left_out(dump, tmp_path):
     empty = json.dumps({"reason": "", "verdict": "entailed", "answer": " "})
     faults = [says(None, refusal="no"), says(empty), None, None]
-    pairs, judged, _ = judged_by(a_judge_that_says(["independent", "neither"]), dump, tmp_path, faults)
+    pairs, judged, _, missing = judged_by(
+        a_judge_that_says(["independent", "neither"]), dump, tmp_path, faults
+    )
     assert [j.pair for j in judged] == pairs[2::2]
+    (one,) = missing
+    assert one == {"stage": "image and text", "why": "refused", "image": pairs[0].edited.image,
+                   "edit": pairs[0].edited.id, "question": pairs[0].candidate.id}  # fmt: skip
     assert judged[0] == Judged(pairs[2], "independent", pairs[2].candidate.answer, hard=True)
 
 
@@ -357,7 +363,7 @@ def test_agreement_of_a_fickle_judge(dump, tmp_path):
         said.setdefault(about, []).append((verdict, *facts))
         return {"reason": "", "verdict": verdict, "answer": "x"}
 
-    pairs, _, agreement = judged_by(fickle, dump, tmp_path, repeat=9)
+    pairs, _, agreement, _ = judged_by(fickle, dump, tmp_path, repeat=9)
     first, second = zip(*(v for v in said.values() if len(v) == 2), strict=True)
     assert len(said) == len(pairs) == 12
     assert {v[1:] for v in first} == {("edit", "other")}
@@ -415,6 +421,104 @@ def test_no_annotator_gave_the_new_answer():
     assert [p.answer for p in propose([ask, pair, *others, kite]) if p.edited == ask] == ["kite"]
 
 
+GREYS = ("Gray", "gray", "gray ", "GRAY.", "grey")
+
+
+def test_no_edit_changes_only_case_blanks_or_stops():
+    """Nor is one proposed that an annotator gave in another form."""
+    asked = [
+        VisualQuestion(i, f"{i}.png", "What colour?", answer, ("other", ""), frozenset({answer}))
+        for i, answer in enumerate(GREYS * 4)
+    ]
+    others = [replace(q, id=100 + q.id, question="What is it?", kind=("no", "")) for q in asked]
+    for seed in range(5):
+        pairs = propose([*asked, *others], seed=seed)
+        assert {(p.edited.answer == "grey") != (p.answer == "grey") for p in pairs} == {True}
+        assert len(pairs) >= 16
+    given = [replace(q, given=frozenset({"grey", "the GRAY"})) for q in asked]
+    assert not propose([*given, *others])
+
+
+def test_a_question_in_another_case_is_no_other_question():
+    ask = VisualQuestion(1, "a.png", "What is it?", "owl", ("other", ""), frozenset({"owl"}))
+    kite = replace(ask, id=2, image="b.png", answer="kite")
+    same = [replace(ask, id=3, question="what  is it"), replace(ask, id=4, question="WHAT IS IT ?")]
+    assert not propose([ask, kite, *same])
+    assert len(propose([ask, kite, replace(ask, id=5, question="Who is it?", kind=("no", ""))])) == 1
+
+
+@pytest.mark.parametrize("make", [str, "q{}".format, "22MexNkBPpdZGX6sxbxVBH/{}".format])
+def test_ids_may_be_text(make, dump, tmp_path):
+    """As A-OKVQA's are; numbers written as text are drawn for as numbers."""
+    files = [json.loads(path.read_text()) for path in (dump.questions, dump.annotations)]
+    for file, part in zip(files, ("questions", "annotations"), strict=True):
+        for row in file[part]:
+            row["question_id"] = make(row["question_id"])
+        (tmp_path / part).write_bytes(
+            b"\xef\xbb\xbf" + json.dumps(file, indent=1).replace("\n", "\r\n").encode()
+        )
+    questions = read_vqa(tmp_path / "questions", tmp_path / "annotations", NAME)
+    assert [q.id for q in questions] == [make(q.id) for q in dump.read()]
+    pairs = propose(questions)
+    assert pairs == propose(questions)
+    assert len({p.edited.image for p in pairs}) > N_SCENES / 2
+    numbered = [(p.edited.question, p.answer, p.candidate.question) for p in propose(dump.read())]
+    same = [(p.edited.question, p.answer, p.candidate.question) for p in pairs] == numbered
+    assert same == (make is str)
+
+
+def test_image_ids_may_be_text(dump, tmp_path):
+    file = json.loads(dump.questions.read_text())
+    for row in file["questions"]:
+        row["image_id"] = f"img-{row['image_id']}"
+    (tmp_path / "questions.json").write_text(json.dumps(file))
+    questions = read_vqa(tmp_path / "questions.json", dump.annotations, "{subtype}/{image_id}.jpg")
+    assert questions[0].image == "val2014/img-1.jpg"
+    with pytest.raises(
+        RecordError, match=r"makes no path of image_id 'img-1'.*\{image_id\} alone takes text"
+    ):
+        read_vqa(tmp_path / "questions.json", dump.annotations)
+
+
+BROKEN = {
+    "an id": ("questions", "question_id", None, "question_id.: found None"),
+    "a question": ("questions", "question", 5, "question.: found 5 where text"),
+    "an image": ("questions", "image_id", [1], "image_id"),
+    "half a character": ("questions", "question", "\ud83d?", "question.*half a character"),
+    "an answer": ("annotations", "multiple_choice_answer", None, "multiple_choice_answer"),
+    "answers": ("annotations", "answers", "owl", "answers.: found 'owl' where a list"),
+    "one of the answers": ("annotations", "answers", ["owl"], "found 'owl' where an object"),
+    "a type": ("annotations", "answer_type", ["other"], "answer_type"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_wrong_in_a_vqa_file_is_named(what, dump, tmp_path):
+    part, field, value, said = BROKEN[what]
+    paths = {"questions": dump.questions, "annotations": dump.annotations}
+    file = json.loads(paths[part].read_text())
+    file[part][7][field] = value
+    paths[part] = tmp_path / "broken.json"
+    paths[part].write_text(json.dumps(file))
+    with pytest.raises(RecordError, match=rf'broken\.json, "{part}" 7: .*{said}.*give'):
+        read_vqa(*paths.values(), NAME)
+
+
+def test_rows_that_come_twice(dump, tmp_path):
+    paths = {"questions": dump.questions, "annotations": dump.annotations}
+    for part in paths:
+        file = json.loads(paths[part].read_text())
+        file[part].append(dict(file[part][0]))
+        (tmp_path / part).write_text(json.dumps(file))
+        assert read_vqa(*(paths | {part: tmp_path / part}).values(), NAME) == dump.read()
+        file[part][-1]["image_id"] = 77
+        (tmp_path / part).write_text(json.dumps(file))
+        with pytest.raises(
+            RecordError, match=rf'{part}, "{part}" \d+: field "question_id": .* is also that of 0'
+        ):
+            read_vqa(*(paths | {part: tmp_path / part}).values(), NAME)
+
+
 def test_blank_questions_and_answers_are_passed_over():
     ask = VisualQuestion(1, "a.png", "What?", "owl", ("other", ""), frozenset({"owl"}))
     blank = [replace(ask, id=2, question=" "), replace(ask, id=3, question="Who?", answer="")]
@@ -427,15 +531,15 @@ def test_blank_questions_and_answers_are_passed_over():
 def test_vqa_files_that_are_cut_or_do_not_belong_together(dump, tmp_path):
     cut = tmp_path / "cut.json"
     cut.write_bytes(dump.questions.read_bytes()[:500])
-    with pytest.raises(RecordError, match=r"cut\.json is not JSON.*fetch it again"):
+    with pytest.raises(RecordError, match=r"cut\.json: not JSON.*fetch it again"):
         read_vqa(cut, dump.annotations)
-    with pytest.raises(RecordError, match="not one split of VQAv2"):
+    with pytest.raises(RecordError, match=r'questions\.json: field "annotations": missing.*same split'):
         read_vqa(dump.annotations, dump.questions)
     fewer = tmp_path / "fewer.json"
     fewer.write_text(json.dumps({"annotations": json.loads(dump.annotations.read_text())["annotations"][1:]}))
     with pytest.raises(RecordError, match="annotations of the same split"):
         read_vqa(dump.questions, fewer)
-    with pytest.raises(RecordError, match="not one split"):
+    with pytest.raises(RecordError, match=r"'\{number\}\.jpg' makes no path of image_id 1 .*--image-name"):
         read_vqa(dump.questions, dump.annotations, "{number}.jpg")
 
 
@@ -453,12 +557,24 @@ def test_nq_open(tmp_path):
         {"question": "who wrote it", "answer": ["Ben"]},
         {"question": "why", "answer": [""]},
     ]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    assert read_nq(path) == [("where is the owl", "in the\u2028wood"), ("who wrote it", "Ann")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    for start, end, last in (
+        ("", "\n", ""),
+        ("\ufeff", "\r\n", "\r\n"),
+        ("", "\n", "\n"),
+        ("", "\n\n", " \t\n"),
+    ):
+        path.write_bytes((start + "".join(line + end for line in lines) + last).encode())
+        assert read_nq(path) == [("where is the owl", "in the\u2028wood"), ("who wrote it", "Ann")]
     for bad in (
         '{"question": "who',
         '{"question": "who"}',
         '{"question": "who", "answer": []}',
+        '{"question": "who", "answer": "Ann"}',
+        '{"question": "who", "answer": [5]}',
+        '{"question": ["who"], "answer": ["Ann"]}',
+        '{"question": "who", "answer": ["\\ud83d"]}',
+        "[" * 100_000,
         "[1]",
         "\xff",
     ):
@@ -467,11 +583,104 @@ def test_nq_open(tmp_path):
             read_nq(path)
 
 
-def test_a_missing_image_is_found_before_anything_is_asked(dump, tmp_path):
+@pytest.mark.parametrize("fault", ["missing", "cut short", "outside", "no picture"])
+def test_an_image_that_cannot_be_used_is_found_before_anything_is_asked(fault, dump, tmp_path):
+    shutil.copytree(dump.root / "val2014", tmp_path / "images" / "val2014")
+    picture = tmp_path / "images" / sorted(dump.scenes)[3]
+    whole = picture.read_bytes()
+    picture.unlink()
+    if fault == "outside":
+        (tmp_path / "elsewhere.png").write_bytes(whole)
+        picture.symlink_to(tmp_path / "elsewhere.png")
+    elif fault != "missing":
+        picture.write_bytes(whole[: len(whole) // 2] if fault == "cut short" else b"<svg/>")
     with serve(program(dump.pictures)) as server:
-        with pytest.raises(RecordError, match=r"\d+ of \d+ images are not in"):
-            construct(dump.read(), read_nq(dump.nq), tmp_path, judge(server, tmp_path), tmp_path)
+        client = judge(server, tmp_path)
+        with pytest.raises(
+            RecordError, match=rf"1 of 12 images cannot be used.*\n  val2014/{picture.name}: "
+        ):
+            construct(dump.read(), read_nq(dump.nq), tmp_path / "images", client, tmp_path)
         assert not server.bodies
+
+
+def test_a_filtered_picture_and_a_stubborn_question_are_left_out_and_named(dump, built, tmp_path):
+    complete, report, _ = built
+    name = rows_of(complete)["train"][0]["image"]
+    asked = [q for q in dump.read() if q.image == name]
+    (filtered,) = {digest for digest, scene in dump.pictures.items() if scene is dump.scenes[name]}
+    honest, stubborn = program(dump.pictures), []
+
+    def answer(body):
+        content = body["messages"][1]["content"]
+        if (
+            len(content) == 2
+            and filtered == hashlib.sha256(content[1]["image_url"]["url"].encode()).hexdigest()
+        ):
+            return complains("filtered", code="content_filter")
+        facts = json.loads(content[0]["text"])
+        if len(content) == 2 and not stubborn:
+            stubborn.append(facts)
+        return says("Hm.") if facts in stubborn else honest(body)
+
+    with serve(answer) as server:
+        found = dump.construct(server, tmp_path, repeat=0, concurrency=1)
+        answered = len(server.bodies)
+        again = dump.construct(server, tmp_path, repeat=0, concurrency=1)
+        assert (
+            len(server.bodies) == answered + 3
+        )  # what is refused is refused, what is stubborn gets another chance
+    assert again == found == json.loads((tmp_path / "report.json").read_text())
+    refused = [one for one in found["left_out"] if one["why"] == "refused"]
+    assert {one["image"] for one in refused} == {name}
+    assert {one["question"] for one in refused} <= {q.id for q in asked}
+    assert (
+        len(refused) == found["refused"] == len([p for p in propose(dump.read()) if p.edited.image == name])
+    )
+    assert found["unanswered"] == len(found["left_out"]) - len(refused) == 1
+    assert found["pairs"] == report["pairs"]
+    usable = sum(v for k, v in found.items() if k.startswith(("entailed", "independent")))
+    assert found["pairs"] == usable + found["neither"] + found["refused"] + found["unanswered"]
+    assert name not in {row["image"] for part in rows_of(tmp_path).values() for row in part}
+    assert report["refused"] == report["unanswered"] == len(report["left_out"]) == 0
+
+
+def test_a_rewording_that_is_none_is_left_out(dump, built, tmp_path):
+    """The same words in another case, or with other stops, reword nothing."""
+    honest = program(dump.pictures)
+
+    def answer(body):
+        if body["response_format"]["json_schema"]["name"] != "rephrase":
+            return honest(body)
+        question = json.loads(body["messages"][1]["content"][0]["text"])["question"]
+        return {"question": question.upper().replace("?", " ?!")}
+
+    with serve(answer) as server, pytest.raises(RecordError, match="gave 0 records"):
+        dump.construct(server, tmp_path, repeat=0)
+
+
+@pytest.mark.parametrize("given", ["none", "0", "0.5"])
+def test_the_temperature_is_an_option(given, dump, built, tmp_path, monkeypatch):
+    out, _, requests = built
+    for path in out.glob("verdicts"):
+        shutil.copytree(path, tmp_path / "verdicts")
+    with serve(program(dump.pictures)) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        main([*dump.options(tmp_path), "--repeat=20", f"--temperature={given}"])
+        expected = {"none": [None] * requests, "0": [], "0.5": [0.5] * requests}  # 0 is what was asked before
+        assert [body.get("temperature") for body in server.bodies] == expected[given]
+
+
+@pytest.mark.parametrize("given", ["--temperature=warm", "--temperature=-1", "--temperature=nan"])
+def test_a_temperature_that_is_none(given, dump, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*dump.options(tmp_path), given])
+    assert "invalid temperature value" in capsys.readouterr().err
+
+
+def test_files_come_in_pairs(dump, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*dump.options(tmp_path), "--annotations", "a.json", "b.json"])
+    assert "1 questions files and 2 of annotations" in capsys.readouterr().err
 
 
 def test_too_little_of_anything(dump, built, tmp_path):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from mscke.benchmark.answers import strict_answer
 from mscke.models.counterfactual import CounterfactualModel
-from mscke.models.decoding import normalise_answer
 from mscke.models.features import fingerprint
 
 pytest_plugins = ["tiny"]
@@ -38,7 +38,7 @@ def test_it_overfits_four_examples(mllm, four):
         if loss.item() < 0.01:
             break
     assert first > 1 and loss.item() < 0.1
-    assert model.answer(queries, edits) == [normalise_answer(a) for a in answers]
+    assert model.answer(queries, edits) == [strict_answer(a) for a in answers]
     assert all(f.hits.all() for f in model.force(queries, edits, answers))
     assert model.answer(queries, edits, batch_size=1) == model.answer(queries, edits)
     assert fingerprint(mllm.model) == before

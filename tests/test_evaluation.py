@@ -8,7 +8,14 @@ import torch
 from mscke.benchmark.sample import Query
 from mscke.classifier import ScopeClassifier
 from mscke.editors.mscke import MSCKE
-from mscke.evaluation.metrics import METRICS, ROLES, exact_match, token_accuracy, unchanged_share
+from mscke.evaluation.metrics import (
+    METRICS,
+    ROLES,
+    exact_match,
+    strict_match,
+    token_accuracy,
+    unchanged_share,
+)
 from mscke.evaluation.protocol import _greedy, evaluate
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.decoding import Forced
@@ -24,6 +31,7 @@ COLUMNS = [
     "record",
     "metric",
     "value",
+    "strict",
     "question",
     "expected",
     "answer",
@@ -105,8 +113,9 @@ def test_what_teacher_forcing_predicts_to_its_end_is_not_generated(mllm):
 
 
 def test_exact_match_by_hand():
-    got = exact_match(["Yes.", "two owls", "no", "T-Rex"], ["yes", "two  Owls ", "yes", "t rex"])
-    assert got.tolist() == [1.0, 1.0, 0.0, 0.0]
+    said, expected = ["Yes.", "two owls", "no", "T-Rex"], ["yes", "two  Owls ", "yes", "t rex"]
+    assert exact_match(said, expected).tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert strict_match(said, expected).tolist() == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_token_accuracy_by_hand():
@@ -149,7 +158,9 @@ def test_an_unedited_model_changes_nothing(mllm, few):
     assert (rows["track"] == "tiny").all() and (rows["backbone"] == mllm.name).all()
     assert (rows["method"] == "none").all()
     kept = rows[rows["metric"].isin(["locality", "m_out"])]
-    assert (kept["value"] == 1).all()
+    assert (kept["value"] == 1).all() and (kept["strict"] == 1).all()
+    told = rows[rows["protocol"] == "teacher_forced"]
+    assert told["strict"].equals(told["value"])  # token ids: there is one comparison
     assert set(rows["record"]) == {r.id for r in few}
 
 
@@ -193,7 +204,8 @@ def test_a_batch_is_one_record_at_a_time(mllm, editor, few, together):
     alone = pd.concat([evaluate(editor, mllm, [r], "tiny", together=together) for r in few])
     key = ["protocol", "record", "metric"]
     batch, alone = (f.set_index(key).sort_index() for f in (batch, alone))
-    np.testing.assert_allclose(batch.pop("value"), alone.pop("value"), atol=1e-9)
+    for name in ("value", "strict"):
+        np.testing.assert_allclose(batch.pop(name), alone.pop(name), atol=1e-9)
     assert batch.equals(alone)
 
 

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
+from mscke.benchmark.answers import strict_answer
 from mscke.editors.deltas import DeltaModel, Dense, LowRank, applied, matrices
 from mscke.editors.finetune import FineTune
-from mscke.models.decoding import normalise_answer
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
 
@@ -52,7 +52,7 @@ def few(records):
 
 def test_it_fits_every_edit(mllm, few):
     queries = [r.queries["reliability"] for r in few]
-    targets = [normalise_answer(r.edit.answer) for r in few]
+    targets = [strict_answer(r.edit.answer) for r in few]
     assert mllm.answer(queries) != targets
     edited = fine_tune(mllm).edit(few)
     assert edited.answer(queries, torch.arange(4)) == targets
@@ -140,7 +140,7 @@ def test_a_sequence_goes_on_from_the_weights_it_has(mllm, few, layers):
 def test_half_precision(blip2, few):
     half = MLLM(copy.deepcopy(blip2.model).bfloat16(), blip2.tokenizer, "half")
     edited = fine_tune(half).edit(few)
-    targets = [normalise_answer(r.edit.answer) for r in few]
+    targets = [strict_answer(r.edit.answer) for r in few]
     assert edited.answer([r.queries["reliability"] for r in few], torch.arange(4)) == targets
     assert all(d.dtype == torch.float32 for d in updates(edited).values())
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 
 import pandas as pd
 import pytest
@@ -109,6 +110,28 @@ def test_asked_to_stop_it_finishes_the_step_and_loses_none(whole, tmp_path, numb
     resumed.fit(tmp_path / "part")
     assert stopped.rows + resumed.rows == whole[0].rows
     assert files(tmp_path / "part") == whole[1]
+
+
+DAMAGE = {
+    "empty": lambda whole: b"",
+    "cut": lambda whole: whole[: len(whole) // 2],
+    "other": lambda whole: b"no file of ours",
+}
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "model.safetensors", "curve.csv"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_named_and_made_anew(tmp_path, whole, name, damage):
+    Toy().fit(tmp_path / "run")
+    path = tmp_path / "run" / name
+    path.write_bytes(damage(path.read_bytes()))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Toy().fit(tmp_path / "run")
+    assert files(tmp_path / "run") == whole[1]
+    named = [str(w.message) for w in said if str(path) in str(w.message)]
+    # of a curve cut between two numbers nothing is damaged but its length
+    assert (named and "is damaged and is made anew" in named[0]) or name == "curve.csv"
 
 
 def test_a_second_interrupt_acts_at_once(tmp_path):

@@ -102,6 +102,19 @@ def test_what_is_there_is_kept_and_what_is_of_another_size_or_seed_is_not(tmp_pa
         assert path.read_bytes() == written
 
 
+@pytest.mark.parametrize("damage", ["", "[", "[1]", "{}"])
+def test_a_damaged_json_is_named_and_made_anew(tmp_path, damage):
+    path = generate(tmp_path, "train", 1)
+    whole = path.read_bytes()
+    path.write_text(damage)
+    if damage in ("[1]", "{}"):  # sound, and of another size or seed
+        generate(tmp_path, "train", 1)
+    else:
+        with pytest.warns(UserWarning, match=r"train_data\.json is damaged and is made anew"):
+            generate(tmp_path, "train", 1)
+    assert path.read_bytes() == whole
+
+
 def test_interrupted_leaves_no_json(tmp_path, monkeypatch):
     generate(tmp_path, "test", 2)
 

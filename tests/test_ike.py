@@ -1,14 +1,19 @@
 """IKE: what stands in the context, that batching changes nothing, that the base model is never touched."""
 
+from types import SimpleNamespace
+
+import pandas as pd
 import pytest
 import torch
 
-from mscke.editors.ike import IKE, ROTATION, choose_k, demonstration, largest_k
+from mscke.editors import build
+from mscke.editors.ike import IKE, ROTATION, InContextModel, choose_k, demonstration, largest_k
 from mscke.editors.mscke import own_edits
 from mscke.editors.serac import MiniLMEncoder
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
 from mscke.models.prompts import IN_CONTEXT, TEMPLATE
+from mscke.training import ROLES
 
 pytest_plugins = ["tiny"]
 
@@ -143,3 +148,26 @@ def test_choose_k_takes_the_best_mean_of_four(blip2, minilm, split):
     retained = IKE(blip2, others, minilm, 2).edit(few).answer([r.locality for r in few], torch.arange(3))
     share = sum(a == b for a, b in zip(retained, blip2.answer([r.locality for r in few]), strict=True)) / 3
     assert table["locality"][1] == pytest.approx(share)
+
+
+def test_choose_k_compares_as_the_metrics_do(blip2, minilm, split, monkeypatch):
+    others, few = split
+    said = lambda text: lambda self, queries, *_: [text] * len(queries)  # noqa: E731
+    monkeypatch.setattr(type(few[0]), "answers", property(lambda r: dict.fromkeys(ROLES, "Cat")))
+    monkeypatch.setattr(MLLM, "answer", said("a cat"))
+    monkeypatch.setattr(InContextModel, "answer", said("“the cat”,"))
+    _, table = choose_k(blip2, others, minilm, few, ks=(0,))
+    assert (table.drop(columns="k") == 1).all(axis=None)
+
+
+def test_a_choice_that_other_code_made_is_made_anew(blip2, split, tmp_path, monkeypatch):
+    others, few = split
+    made, codes = [], iter(["this", "this", "that"])
+    table = pd.DataFrame({"k": [0], "score": [1.0]})
+    monkeypatch.setattr(build, "choose_k", lambda *_: made.append(0) or (0, table))
+    monkeypatch.setattr(build, "MiniLMEncoder", lambda _: None)
+    monkeypatch.setattr(build, "code_of", lambda *_: next(codes))
+    track = SimpleNamespace(ike_records=2, outputs=tmp_path, features=None)
+    for n in (1, 1, 2):
+        assert build.ike_choices(track, SimpleNamespace(train=others, validation=few), blip2).equals(table)
+        assert len(made) == n

@@ -2,16 +2,31 @@
 
 import base64
 import hashlib
+import io
 import json
-import random
-import time
+import warnings
+from datetime import UTC, datetime
 from email.utils import formatdate
 
 import pytest
-from judge_server import cut, drip, hang_up, says, sends, serve, slow, status
-from PIL import Image
+from judge_server import (
+    complains,
+    completion,
+    cut,
+    drip,
+    hang_up,
+    says,
+    sends,
+    serve,
+    silent,
+    status,
+    together,
+)
+from PIL import Image, ImageStat
 
-from mscke.benchmark.judge import Judge, JudgeError, Request, Task
+from mscke.benchmark import endpoint
+from mscke.benchmark.judge import Judge, JudgeError, NoReply, Request, Task
+from mscke.benchmark.pictures import open_image
 
 COUNT = Task("count", "How long is the word?", {"n": {"type": "integer"}})
 KEY = "sk-not-a-real-key"
@@ -105,7 +120,10 @@ def test_a_rerun_costs_nothing_and_other_content_is_asked(judge, picture, monkey
     assert "Authorization" not in server.headers[-1]
 
 
-SHORT = 0.8  # seconds: the time-out where it is what is tested
+SHORT = (
+    3  # seconds: the time-out where it is what is tested; an answer that comes at once has so long to come
+)
+SLOW = ("silent", "drip")
 FAULTS = {
     "429": status(429),
     "500": status(500),
@@ -122,28 +140,29 @@ FAULTS = {
     "schema violated: more": says('{"n": 1, "why": "so"}'),
     "not UTF-8": lambda h: h.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xff\xfe") or True,
     "not gzip": lambda h: h.reply("plain", Content_Encoding="gzip"),
-    "slow": slow(2 * SHORT),
+    "silent": silent,
     "drip": drip,
     "cut connection": cut,
     "hang up": hang_up,
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_survives(fault, judge):
-    with serve(length, [fault]) as server:
-        assert judge(server, timeout=SHORT).ask(Request(COUNT, {"word": "owl"})) == {"n": 3}
+    with serve(length, [FAULTS[fault]]) as server:
+        assert judge(server, timeout=SHORT if fault in SLOW else 60).ask(Request(COUNT, {"word": "owl"})) == {
+            "n": 3
+        }
     assert len(server.bodies) == 2
 
 
-@pytest.mark.parametrize("fault", ["500", "prose", "schema violated: type", "slow", "drip", "cut connection"])
+@pytest.mark.parametrize("fault", ["500", "prose", "schema violated: type", *SLOW, "cut connection"])
 def test_a_judge_that_never_answers_is_a_clear_error_and_the_rest_is_kept(fault, judge, tmp_path):
     requests = words(4)
     with serve(length, [None, None] + [FAULTS[fault]] * 20) as server:
-        begun = time.monotonic()
+        patient = SHORT if fault in SLOW else 60
         with pytest.raises(JudgeError, match=r"no usable answer in 2 attempts.*run again to go on") as error:
-            judge(server, attempts=2, concurrency=1, timeout=SHORT).ask_all(requests)
-        assert time.monotonic() - begun < 10
+            judge(server, attempts=2, concurrency=1, timeout=patient, leave_out=0).ask_all(requests)
         assert server.url in str(error.value)
         assert KEY not in str(error.value)
         assert len(server.bodies) == 4  # two answered, one tried twice, the last never begun
@@ -173,29 +192,48 @@ def test_what_will_not_get_better_is_not_tried_again(code, judge):
 def test_an_address_that_is_none(address, tmp_path, monkeypatch):
     if not address:  # an empty variable means that it is not set
         monkeypatch.setenv("OPENAI_BASE_URL", address)
-        assert Judge(tmp_path).url == "https://api.openai.com/v1/chat/completions"
+        assert Judge(tmp_path).base_url == "https://api.openai.com/v1"
         return
     monkeypatch.setenv("OPENAI_BASE_URL", address)
     with pytest.raises(JudgeError, match="OPENAI_BASE_URL"):
         Judge(tmp_path)
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but for who sleeps by it."""
+
+    class Clock:
+        now = 100.0
+
+        def monotonic(self):
+            return self.now
+
+        def sleep(self, seconds):
+            self.now += seconds
+
+    monkeypatch.setattr(endpoint, "time", clock := Clock())
+    return clock
+
+
 @pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_is_honoured(form, judge):
-    begun = time.monotonic()
-    # a date has whole seconds: two ahead is more than one ahead
-    value = "1" if form == "seconds" else formatdate(time.time() + 2, usegmt=True)
+def test_retry_after_is_honoured(form, judge, monkeypatch):
+    held = []
+    monkeypatch.setattr(endpoint._Pace, "hold", lambda self, seconds: held.append(seconds))
+    value = "250" if form == "seconds" else formatdate(datetime.now(UTC).timestamp() + 250, usegmt=True)
     with serve(length, [status(429, Retry_After=value)]) as server:
         assert judge(server).ask(words(1)[0]) == {"n": 1}
-    assert time.monotonic() - begun >= 1
+    assert held == [250.0] if form == "seconds" else 0 < held[0] <= 250
 
 
-def test_one_thread_told_to_wait_holds_them_all(judge):
-    with serve(length, [status(429, Retry_After="2"), slow(1)]) as server:
-        judge(server, concurrency=2).ask_all(words(4))
-    times = sorted(server.times)
-    assert len(times) == 5
-    assert times[2] - times[0] >= 1.95  # the other thread is free after 1 s
+def test_one_told_to_wait_holds_them_all(clock):
+    pace = endpoint._Pace(0.0)
+    pace.wait()
+    pace.hold(2.0)
+    pace.wait()
+    assert clock.now == 102.0
+    pace.wait()
+    assert clock.now == 102.0
 
 
 def test_an_endless_retry_after_is_an_error(judge):
@@ -212,13 +250,13 @@ def test_a_nonsensical_retry_after_is_ignored(judge):
 
 def test_a_refusal_is_an_answer(judge):
     with serve(length, [says(None, refusal="I'd rather not")]) as server:
-        assert judge(server).ask(words(1)[0]) is None
-        assert judge(server).ask(words(1)[0]) is None
+        assert judge(server).ask(words(1)[0]) is NoReply.REFUSED
+        assert judge(server).ask(words(1)[0]) is NoReply.REFUSED
         assert len(server.bodies) == 1
 
 
 def test_the_same_content_is_asked_once_however_many_ask(judge):
-    with serve(length, [slow(0.3)]) as server:
+    with serve(length) as server:
         assert judge(server).ask_all(words(1) * 8) == [{"n": 1}] * 8
         assert len(server.bodies) == 1
 
@@ -234,13 +272,368 @@ def test_a_damaged_verdict_is_asked_again(judge, tmp_path):
 
 
 def test_concurrent_but_bounded_and_in_order(judge):
-    with serve(length, [slow(random.Random(i).random() / 10) for i in range(24)]) as server:
+    with serve(length, [together(4)] * 4) as server:
         assert judge(server, concurrency=4).ask_all(words(24)) == [{"n": n} for n in range(1, 25)]
-    assert 1 < server.most_active <= 4
+    assert server.most_active == 4
 
 
-def test_the_rate_is_limited_over_all_threads(judge):
+def test_the_rate_is_limited(clock):
+    pace = endpoint._Pace(0.5)
+    for _ in range(8):
+        pace.wait()
+    assert clock.now == 100 + 7 * 0.5
+    clock.now += 60  # who was idle may not catch up
+    pace.wait()
+    pace.wait()
+    assert clock.now == 100 + 7 * 0.5 + 60.5
+
+
+# ------------------------------------------------------------------------------- what is sent
+
+
+CONTROL = "<|im_start|>system</s><image> [INST] [/INST] <start_of_turn> <<SYS>> ###Human: <|endoftext|>"
+
+
+def test_what_users_write_is_no_control_token(judge):
+    with serve(lambda body: {"n": 1}) as server:
+        judge(server).ask(Request(COUNT, {"word": CONTROL, CONTROL: ["[1] is 3 > 2 | #5"]}))
+    (body,) = server.bodies
+    text = body["messages"][1]["content"][0]["text"]
+    assert json.loads(text) == {"word": CONTROL, CONTROL: ["[1] is 3 > 2 | #5"]}
+    for mark in ("<", ">", "|", "[INST", "[/INST", "###"):
+        assert mark not in text
+
+
+@pytest.mark.parametrize("how", ["as JSON", "its escapes doubled"])
+def test_what_the_judge_copies_is_read_back_right(how, judge):
+    repeat = Task("repeat", "Repeat the word.", {"word": {"type": "string"}})
+
+    def copy(body):
+        text = body["messages"][1]["content"][0]["text"]
+        return says(text if how == "as JSON" else text.replace("\\u00", "\\\\u00"))
+
+    with serve(copy) as server:
+        assert judge(server).ask(Request(repeat, {"word": CONTROL})) == {"word": CONTROL}
+
+
+ONE_PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
+)
+
+
+def test_verdicts_keep_their_names(judge, tmp_path):
+    """Else what was paid for once is paid for again."""
+    picture = tmp_path / "one.png"
+    picture.write_bytes(ONE_PIXEL)
+    with serve(lambda body: {"n": 1}) as server:
+        judge(server).ask_all(
+            [Request(COUNT, {"word": "a <b> | naïve"}), Request(COUNT, {"word": "owl"}, picture)]
+        )
+    assert {path.stem for path in tmp_path.glob("verdicts/*/*.json")} == {
+        "3226aee39bf64641c9523d10772c73e00910c5c92c247178054313f96e3e3cc5",
+        "f8702dfb20f3dc87c592ad53e3177fd91b23e96e03eac3ce089595f2d7b17262",
+    }
+
+
+def times(told):
+    return sum(warning.category is UserWarning for warning in told)  # and no socket that is not closed yet
+
+
+def noise(mode="RGB", size=(24, 16)):
+    return Image.effect_noise(size, 50).convert(mode)
+
+
+def turned(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise().save(path, "JPEG", exif=exif)
+
+
+PICTURES = {
+    "of a phone: several in one JPEG": lambda p: noise().save(
+        p, "MPO", save_all=True, append_images=[noise()]
+    ),
+    "webp": lambda p: noise().save(p, "WEBP"),
+    "CMYK": lambda p: noise("CMYK").save(p, "JPEG"),
+    "16 bits": lambda p: Image.new("I;16", (24, 16), 40_000).save(p, "PNG"),
+    "on its side": turned,
+    "transparent": lambda p: Image.new("RGBA", (24, 16), (200, 30, 90, 60)).save(p, "PNG"),
+    "palette": lambda p: noise().quantize(8).save(p, "PNG"),
+    "moving": lambda p: noise().save(p, "PNG", save_all=True, append_images=[noise()]),
+    "large": lambda p: noise("L", (2050, 3)).save(p, "PNG"),
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_pictures_are_sent_as_every_endpoint_takes_them(kind, judge, tmp_path):
+    PICTURES[kind](path := tmp_path / "picture")
     with serve(length) as server:
-        client, begun = judge(server, per_minute=600), time.monotonic()
-        client.ask_all(words(8))
-    assert time.monotonic() - begun >= 7 * 0.1
+        judge(server).ask(Request(COUNT, {"word": "owl"}, path))
+    prefix, data = server.bodies[0]["messages"][1]["content"][1]["image_url"]["url"].split(",")
+    assert prefix == "data:image/jpeg;base64"
+    sent, seen = Image.open(io.BytesIO(base64.b64decode(data))), open_image(path)
+    assert (sent.format, sent.mode, sent.getexif()) == ("JPEG", "RGB", {})
+    assert max(sent.size) <= 2048
+    assert kind == "large" or sent.size == seen.size
+    means = [ImageStat.Stat(image).mean for image in (sent, seen)]
+    assert means[0] == pytest.approx(means[1], abs=6)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "L"), ("PNG", "RGB"), ("JPEG", "L"), ("JPEG", "RGB")])
+def test_plain_pictures_are_sent_as_they_are(kind, mode, judge, tmp_path):
+    noise(mode).save(path := tmp_path / "picture", kind)
+    with serve(length) as server:
+        judge(server).ask(Request(COUNT, {"word": "owl"}, path))
+    url = server.bodies[0]["messages"][1]["content"][1]["image_url"]["url"]
+    assert url == f"data:image/{kind.lower()};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+# ------------------------------------------------------------------------------- what is said back
+
+
+READABLE = {
+    "fenced": says('```json\n{"n": 3}\n```'),
+    "prose around": says('It is {short}. My answer: {"n": 3} Anything else?'),
+    "parts": says([{"type": "text", "text": '{"n"'}, {"type": "text", "text": ": 3}"}]),
+    "thoughts as a part": says(
+        [{"type": "thinking", "thinking": "{}"}, {"type": "text", "text": '{"n": 3}'}]
+    ),
+    "thoughts": says('<think>Is it {"n": 4}? No.</think>\n\n{"n": 3}'),
+    "thoughts opened by the template": says('Is it {"n": 4}? No.</think>```\n{"n": 3}\n```'),
+    "said twice": says('{"n": 3}\n{"n": 3}'),
+    "whole, though the room is used up": says('{"n": 3}      ', finish="length"),
+}
+
+
+@pytest.mark.parametrize("said", READABLE)
+def test_what_can_be_read_safely_is_read(said, judge):
+    with serve(length, [READABLE[said]]) as server:
+        assert judge(server).ask(Request(COUNT, {"word": "owl"})) == {"n": 3}
+        assert len(server.bodies) == 1
+
+
+UNREADABLE = {
+    "two that differ": says('{"n": 4} or {"n": 5}'),
+    "thoughts only": says('<think>Is it {"n": 4}?'),
+    "inside another": says('{"result": {"n": 4}}'),
+    "fenced, but against the schema": says('```\n{"n": "four"}\n```'),
+    "nested without end": says('{"n":' * 5_000),
+    "parts of no kind": says([3]),
+}
+
+
+@pytest.mark.parametrize("said", UNREADABLE)
+def test_what_cannot_be_read_safely_is_asked_again(said, judge):
+    with serve(length, [UNREADABLE[said]]) as server:
+        assert judge(server).ask(Request(COUNT, {"word": "owl"})) == {"n": 3}
+        assert len(server.bodies) == 2
+
+
+def test_half_a_character_is_no_reply(judge):
+    """No benchmark's file could hold it."""
+    word = Task("word", "Say a word.", {"word": {"type": "string"}})
+    with serve(lambda body: {"word": "owl"}, [says('{"word": "\\ud83d"}')]) as server:
+        assert judge(server).ask(Request(word, {})) == {"word": "owl"}
+        assert len(server.bodies) == 2
+
+
+def test_the_error_shows_what_the_model_said(judge):
+    long = says("<think>" + "hm " * 500 + "</think>I count five letters.")
+    with serve(length, [long] * 9) as server:
+        with pytest.raises(
+            JudgeError, match=r"3 attempts.*<think>hm hm .* … .*I count five letters\."
+        ) as error:
+            judge(server, attempts=8).ask(words(1)[0])
+        assert len(server.bodies) == 3  # each of them is paid for
+    assert "choices" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_reply_that_was_cut_off_gets_more_room_and_so_do_later_ones(judge):
+    long = says('{"n"', finish="length")
+    with serve(length, [long]) as server, pytest.warns(UserWarning, match="room for 4096 tokens") as told:
+        client = judge(server, concurrency=1)
+        assert client.ask_all(words(3)) == [{"n": 1}, {"n": 2}, {"n": 3}]
+    assert [body.get("max_tokens") for body in server.bodies] == [None, 4096, 4096, 4096]
+    assert times(told) == 1
+
+
+@pytest.mark.parametrize("set_", ["max_tokens", "max_completion_tokens"])
+def test_more_room_is_more_than_there_was(set_, judge):
+    cut_off = completion("", finish="length") | {"usage": {"completion_tokens": 5000}}
+    with serve(length, [sends(json.dumps(cut_off))]) as server, pytest.warns(UserWarning, match="20000"):
+        assert judge(server, options={set_: 5000}).ask(words(1)[0]) == {"n": 1}
+    assert [body[set_] for body in server.bodies] == [5000, 20_000]
+
+
+@pytest.mark.parametrize(
+    "then",
+    [says('{"n": [', finish="length"), complains("max_tokens is too large: 4096. At most 512")],
+    ids=["cut again", "no more to be had"],
+)
+def test_room_is_asked_for_once(then, judge):
+    with serve(length, [says('{"n": [', finish="length"), then]) as server:
+        with pytest.raises(JudgeError, match="no usable answer"):
+            judge(server).ask(words(1)[0])
+        assert len(server.bodies) == 2
+        assert judge(server).ask(words(1)[0]) == {"n": 1}
+
+
+def test_one_stubborn_question_is_left_out_and_asked_again_next_time(judge):
+    def stubborn(body):
+        return says("No idea.") if length(body) == {"n": 7} else length(body)
+
+    expected = [{"n": n} for n in range(1, 21)]
+    with serve(stubborn) as server:
+        replies = judge(server, concurrency=1, leave_out=0.05).ask_all(words(20))
+    assert replies == [*expected[:6], NoReply.UNANSWERED, *expected[7:]]
+    assert len(server.bodies) == 19 + 3
+    with serve(length) as server:
+        assert judge(server).ask_all(words(20)) == expected
+        assert len(server.bodies) == 1
+
+
+def test_too_many_stubborn_questions_end_the_run(judge):
+    def stubborn(body):
+        return says("No idea.") if length(body)["n"] in (4, 7, 9) else length(body)
+
+    with serve(stubborn) as server:
+        with pytest.raises(JudgeError, match=r"than 2 may be left out \(a share of 0\.1 of 20\).*No idea\."):
+            judge(server, concurrency=1, leave_out=0.1).ask_all(words(20))
+        assert len(server.bodies) == 6 + 3 * 3
+    with pytest.raises(ValueError, match="a share from 0 to 1"):
+        judge(server, leave_out=5)
+
+
+def test_a_complaint_that_repeats_the_question_is_no_filter(judge):
+    word = "a moderation flagged by the content_filter"
+    with serve(length, [complains(f"cannot process {word!r}")]) as server:
+        client = judge(server)
+        with pytest.raises(JudgeError, match="turns the request down"):
+            client.ask(Request(COUNT, {"word": word}))
+
+
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_a_question_that_is_turned_down_is_left_out_too(code, judge):
+    with serve(length, [None, status(code, "this picture is too small"), None]) as server:
+        replies = judge(server, concurrency=1).ask_all(words(3))
+    assert replies == [{"n": 1}, NoReply.UNANSWERED, {"n": 3}]
+
+
+FILTERS = {
+    "Azure": complains(
+        "The response was filtered due to the prompt triggering Azure OpenAI's content management policy.",
+        param="prompt", code="content_filter", innererror={"code": "ResponsibleAIPolicyViolation"},
+    ),
+    "OpenAI, prompt": complains("Invalid prompt: your prompt was flagged as violating our usage policy."),
+    "OpenAI, picture": complains("Your request was rejected by our safety system.", code="content_policy_violation"),
+    "OpenRouter": complains('Your chosen model requires moderation and your input was flagged for "x"', 403),
+    "with HTTP 200": sends('{"error": {"code": "content_filter"}}'),
+    "the reply": says(None, finish="content_filter"),
+    "the reply, half of it": says('{"n": 4', finish="content_filter"),
+    "a part": says([{"type": "refusal", "refusal": "I'd rather not"}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("filter_", FILTERS)
+def test_what_a_filter_stops_is_refused_and_not_asked_again(filter_, judge):
+    with serve(length, [None, FILTERS[filter_]]) as server:
+        for _ in range(2):
+            replies = judge(server, concurrency=1, leave_out=0).ask_all(words(3))
+            assert replies == [{"n": 1}, NoReply.REFUSED, {"n": 3}]
+        assert len(server.bodies) == 3
+
+
+# ------------------------------------------------------------------------------- what an endpoint does not take
+
+
+def picky(name, complaint):
+    return lambda body: complaint if name in body else {"n": 1}
+
+
+COMPLAINTS = {
+    "by param": ("temperature", complains("Unsupported value: 0", param="temperature")),
+    "by name": ("temperature", complains("'temperature' does not support 0 with this model.")),
+    "by place": (
+        "temperature",
+        status(422, '{"detail": [{"loc": ["body", "temperature"], "msg": "forbidden"}]}'),
+    ),
+    "in a list": (
+        "temperature",
+        status(400, '[{"error": {"code": 400, "message": "Unknown name: temperature"}}]'),
+    ),
+    "in prose": ("temperature", status(400, "temperature: not taken")),
+    "another option": ("seed", complains("Unrecognized request argument supplied: seed")),
+    "format by param": ("response_format", complains("Invalid schema", param="response_format.json_schema")),
+    "format by name": ("response_format", complains("This response_format type is unavailable now")),
+    "format in prose": ("response_format", status(400, "json_schema is not supported")),
+}
+
+
+@pytest.mark.parametrize("how", COMPLAINTS)
+def test_what_the_endpoint_does_not_take_is_left_out_from_then_on(how, judge, tmp_path):
+    name, complaint = COMPLAINTS[how]
+    options = {"temperature": 0, "seed": 3}
+    with serve(picky(name, complaint)) as server, pytest.warns(UserWarning, match=f"not take {name}") as told:
+        client = judge(server, concurrency=1, options=options)
+        assert client.ask_all(words(3)) == [{"n": 1}] * 3
+        assert client.ask_all(words(4)) == [{"n": 1}] * 4
+    assert [name in body for body in server.bodies] == [True, False, False, False, False]
+    kept = {"model", "messages", "response_format", "temperature", "seed"} - {name}
+    assert set(server.bodies[-1]) == kept
+    assert times(told) == 1
+    files = [json.loads(path.read_text()) for path in tmp_path.glob("verdicts/*/*.json")]
+    assert all(file["answer"]["without"] == [name] for file in files)
+    with serve(length) as server:  # what was asked has the name that it had
+        judge(server, options=options).ask_all(words(4))
+        assert not server.bodies
+
+
+def test_without_structured_output_the_schema_stands_in_the_prompt(judge):
+    with (
+        serve(picky("response_format", complains("no response_format"))) as server,
+        pytest.warns(UserWarning),
+    ):
+        judge(server).ask(words(1)[0])
+    system = server.bodies[1]["messages"][0]["content"]
+    assert system.startswith(COUNT.instructions)
+    assert json.dumps(COUNT.schema) in system
+    assert server.bodies[1]["messages"][1] == server.bodies[0]["messages"][1]
+
+
+def test_several_at_once(judge):
+    def answer(body):
+        for name in ("temperature", "response_format", "max_tokens"):
+            if name in body:
+                return complains(f"Unsupported parameter: '{name}' is not supported", param=name)
+        return {"n": 1}
+
+    options = {"temperature": 0, "max_tokens": 300}
+    with serve(answer) as server, pytest.warns(UserWarning) as told:
+        assert judge(server, options=options).ask_all(words(30)) == [{"n": 1}] * 30
+    assert set(server.bodies[-1]) == {"model", "messages", "max_completion_tokens"}
+    assert server.bodies[-1]["max_completion_tokens"] == 300
+    assert times(told) == 3
+
+
+@pytest.mark.parametrize("taken", ["max_tokens", "max_completion_tokens", None])
+def test_the_bound_on_tokens_has_two_names(taken, judge):
+    def answer(body):
+        names = {"max_tokens", "max_completion_tokens"} & set(body) - {taken}
+        return complains("Unsupported parameter", param=names.pop()) if names else {"n": 1}
+
+    for name in ("max_tokens", "max_completion_tokens"):
+        with serve(answer) as server, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert judge(server, options={name: 300}).ask(words(1)[0]) == {"n": 1}
+        assert {k: v for k, v in server.bodies[-1].items() if k.startswith("max")} == (
+            {taken: 300} if taken else {}
+        )
+
+
+def test_a_complaint_that_repeats_the_question_is_about_no_parameter(judge):
+    word = "the temperature"
+    with serve(length, [complains(f"cannot process {word!r}")]) as server:
+        with pytest.raises(JudgeError, match="turns the request down"):
+            judge(server).ask(Request(COUNT, {"word": word}))
+        assert len(server.bodies) == 1

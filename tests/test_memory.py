@@ -6,9 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
-from mscke import search
 from mscke.benchmark.sample import Edit
 from mscke.memory import EditMemory
+from mscke.storage import search
 
 DIM = 3
 VECTORS = st.lists(st.lists(st.integers(-20, 20), min_size=DIM, max_size=DIM), min_size=1, max_size=4)

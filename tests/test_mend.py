@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mscke.benchmark.answers import strict_answer
 from mscke.classifier import ScopeClassifier
 from mscke.editors.mend import MEND, MendNetworks
 from mscke.editors.mend_training import mend_loss, train_mend
 from mscke.editors.mscke import MSCKE
-from mscke.models.decoding import normalise_answer
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
 from mscke.models.prompts import embed
@@ -170,8 +170,17 @@ def test_the_curve_says_what_validation_shows(blip2, records, tmp_path):
     editor, curve = train(blip2, records, tmp_path, epochs=1)
     held = records[8:]
     found = editor.edit(held).answer([r.queries["reliability"] for r in held], torch.arange(len(held)))
-    right = [a == normalise_answer(r.edit.answer) for a, r in zip(found, held, strict=True)]
+    right = [a == strict_answer(r.edit.answer) for a, r in zip(found, held, strict=True)]
     assert curve["right_reliability"].iloc[-1] == pytest.approx(sum(right) / len(held))
+
+
+def test_validation_compares_as_the_metrics_do(blip2, records, tmp_path, monkeypatch):
+    _, plain = train(blip2, records, tmp_path / "plain", epochs=1)
+    answer = MEND.answer
+    with_marks = lambda *asked: [f"“{a}”," if a else a for a in answer(*asked)]  # noqa: E731
+    monkeypatch.setattr(MEND, "answer", with_marks)
+    _, marked = train(blip2, records, tmp_path / "marked", epochs=1)
+    assert marked.equals(plain) and plain.filter(like="right_").iloc[-1].max() > 0
 
 
 def test_training_is_not_repeated_and_repeats_exactly(blip2, records, tmp_path):

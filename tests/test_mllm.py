@@ -6,10 +6,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mscke.benchmark.answers import strict_answer
 from mscke.benchmark.sample import Query
 from mscke.config import ASSETS
 from mscke.models import mllm as module
-from mscke.models.decoding import generate, normalise_answer, teacher_force
+from mscke.models.decoding import generate, teacher_force
 from mscke.models.mllm import MLLM, load_pixels
 from mscke.models.prompts import IN_CONTEXT, embed
 
@@ -143,7 +144,7 @@ def test_left_padded_generation_is_greedy_decoding_without_padding(mllm, queries
         while len(ids) < len(prompt) + 6 and (ids[-1] != mllm.encoder.eos_id or len(ids) == len(prompt)):
             ids.append(int(seen_alone(mllm, query, ids)[-1].argmax()))
         text = mllm.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
-        assert answer == normalise_answer(text)
+        assert answer == strict_answer(text)
 
 
 def test_teacher_forcing_is_the_arg_max_at_each_step(mllm, queries, gold):
@@ -223,15 +224,15 @@ def test_images_are_normalised_as_clip_does(tmp_path):
         ("u.s.a.", "u.s.a"),
     ],
 )
-def test_normalise_answer(text, expected):
-    assert normalise_answer(text) == expected
+def test_strict_answer(text, expected):
+    assert strict_answer(text) == expected
 
 
 @example("a. .")
 @settings(deadline=None)
 @given(st.text(alphabet=" .aB\n-é", max_size=12))
 def test_normalising_twice_changes_nothing(text):
-    assert normalise_answer(normalise_answer(text)) == normalise_answer(text)
+    assert strict_answer(strict_answer(text)) == strict_answer(text)
 
 
 @pytest.mark.parametrize("folder", ["blip2-mini", "minigpt4-mini"])

@@ -1,6 +1,7 @@
 """A lookup gives exactly what asking the edited model gives, whatever the classifier and its threshold."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,7 +32,7 @@ from mscke.report.tables import summarise
 pytest_plugins = ["tiny"]
 
 PROTOCOLS = ("generated", "teacher_forced")
-ROWS = ["protocol", "record", "metric", "value", "question", "expected", "answer"]
+ROWS = ["protocol", "record", "metric", "value", "strict", "question", "expected", "answer"]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,17 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
     first, second = (run.kept(track, "times", lambda: pd.DataFrame({"ms": [next(numbers)]})) for _ in "ab")
     assert first.ms.tolist() == second.ms.tolist() == [0]
     assert run.kept(track, "other times", lambda: pd.DataFrame({"ms": [next(numbers)]})).ms.tolist() == [1]
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1 and no more"])
+def test_damaged_rows_are_named_and_made_anew(tmp_path, damage):
+    track = dataclasses.replace(get_track("smoke"), name=str(tmp_path))
+    rows = run.kept(track, "times", lambda: pd.DataFrame({"ms": [1]}))
+    (path,) = Path(track.outputs).rglob("times.parquet")
+    path.write_bytes(damage)
+    with pytest.warns(UserWarning, match=r"times\.parquet is damaged and is made anew"):
+        again = run.kept(track, "times", lambda: pd.DataFrame({"ms": [1]}))
+    pd.testing.assert_frame_equal(rows, again)
 
 
 def test_answered_by_hand():

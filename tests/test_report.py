@@ -378,10 +378,44 @@ def test_verify_names_the_tables_that_are_not_as_committed(repository, capsys):
         "new",
     ):  # timings differ, and what was never committed is no table of ours
         (folder / f"{name}.csv").write_text("ms\n2\n")
-    assert verify.other_tables(repository).endswith(
-        "1 of 2 tables without timings are byte for byte as committed; not transfer."
-    )
-    assert verify.verify(repository) == 0 and "not transfer." in capsys.readouterr().out
+    told = verify.other_tables(repository).splitlines()
+    assert told[0].startswith("1 of 2 tables without timings are byte for byte as committed")
+    assert told[1:] == ["  transfer: row 0 (), ms: 1 committed, 2 regenerated, 1 apart"]
+    assert verify.verify(repository) == 0 and "transfer: row 0" in capsys.readouterr().out
+
+
+OLD = pd.DataFrame({"method": ["a", "b", "c"], "value": [1.0, 2.0, np.nan], "n": [5, 6, 7]})
+
+
+@pytest.mark.parametrize(
+    "new, told",
+    [
+        (
+            OLD.assign(value=[1.0, 2.5, np.nan], n=[5, 6, 7]),
+            "row 1 (b), value: 2 committed, 2.5 regenerated, 0.5 apart",
+        ),
+        (
+            OLD.assign(value=[1.1, 2.0, np.nan], n=[5, 6, 9]),
+            "row 2 (c), n: 7 committed, 9 regenerated, 2 apart",
+        ),
+        (OLD.assign(value=[1.0, 2.0, 3.0]), "row 2 (c), value: nan committed, 3 regenerated, inf apart"),
+        (OLD.assign(method=["a", "x", "c"]), "row 1, method: b committed, x regenerated"),
+        (
+            OLD.iloc[:2],
+            "3 rows of ['method', 'value', 'n'] committed, 2 of ['method', 'value', 'n'] regenerated",
+        ),
+        (OLD.rename(columns={"n": "edits"}), "regenerated"),
+        (OLD.assign(value=["1.00", "2.0", None]), "the same numbers, written otherwise"),
+    ],
+)
+def test_verify_names_the_largest_difference_of_a_table(repository, new, told):
+    path = repository / "figures" / "tables" / "some.csv"
+    OLD.to_csv(path, index=False)
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "a table")
+    new.to_csv(path, index=False)
+    assert verify.largest_difference(repository, "some").endswith(told)
+    assert f"some: {verify.largest_difference(repository, 'some')}" in verify.other_tables(repository)
 
 
 def test_verify_says_what_it_lacks(repository, tmp_path, capsys, monkeypatch):

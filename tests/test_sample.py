@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import os
 import random
 import re
 import struct
-import time
 import zlib
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,7 +20,6 @@ from mscke.benchmark.sample import (
     Query,
     RecordError,
     load_records,
-    open_image,
     split_validation,
 )
 
@@ -130,15 +128,49 @@ def test_records_are_frozen_and_hashable(load):
 
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=9, max_size=9))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
-def test_any_text_survives_to_the_letter(load, texts):
+def test_any_text_survives_to_the_letter_but_for_blanks(load, texts):
     texts = [text if text.strip() else "x" for text in texts]
     row = a_row(alt=texts[8], **dict(zip(TEXT, texts, strict=False)))
     (record,) = load([row], check_images=False).records
     queries, answers = record.queries, record.answers
     assert [queries[k].question for k in queries] == [
-        row[k] for k in ("src", "rephrase", "fg_gen_q", "fg_loc_q", "loc")
+        row[k].strip() for k in ("src", "rephrase", "fg_gen_q", "fg_loc_q", "loc")
     ]
-    assert list(answers.values()) == [row[k] for k in ("alt", "alt", "fg_gen_a", "fg_loc_a", "loc_ans")]
+    assert list(answers.values()) == [
+        " ".join(row[k].split()) for k in ("alt", "alt", "fg_gen_a", "fg_loc_a", "loc_ans")
+    ]
+
+
+def test_blanks_around_questions_and_answers_are_taken_off_and_counted(load):
+    blank = {"alt": " owl", "fg_gen_a": "owl\n", "src": "\tWho is  it?\nSay. ", "loc_ans": "New \n York"}
+    loaded = load([a_row(), a_row(**blank), a_row(alt=" ", src=" passed over")])
+    record = loaded.records[1]
+    assert (loaded.skipped, loaded.stripped) == (1, 4)
+    assert (record.edit.answer, record.in_scope_answer, record.locality_answer) == ("owl", "owl", "New York")
+    assert record.edit.prompt == record.queries["reliability"].question == "Who is  it?\nSay."
+    assert load([a_row()]).stripped == 0
+
+
+def test_a_path_of_pathlib_is_taken_and_kept_as_text():
+    assert Query("Who?", Path("x.png")) == Query("Who?", "x.png") and Query("Who?").image is None
+    edit = Edit(Path("/a/x.png"), "Who?", "owl")
+    assert edit == Edit("/a/x.png", "Who?", "owl") and type(edit.image) is str
+
+
+@pytest.mark.parametrize(
+    "make, named",
+    [
+        (lambda: Query("Who?", 5), "Query: image is 5"),
+        (lambda: Query("Who?", b"x.png"), "Query: image is b'x.png'"),
+        (lambda: Query(Path("x.png"), "Who?"), "Query: question is .*x.png"),
+        (lambda: Edit(None, "Who?", "owl"), "Edit: image is None"),
+        (lambda: Edit("x.png", "Who?", 2), "Edit: answer is 2"),
+        (lambda: Edit("x.png", None, "owl"), "Edit: prompt is None"),
+    ],
+)
+def test_what_is_neither_text_nor_path_is_named(make, named):
+    with pytest.raises(TypeError, match=named):
+        make()
 
 
 def test_empty_alt_is_skipped_and_counted_and_ids_stay_file_positions(load):
@@ -364,8 +396,6 @@ def test_absurdly_large_image_is_refused_by_its_header(load, tmp_path, side):
     (tmp_path / "huge.png").write_bytes(png_of(side, side))
     parts = ('record 0, field "image"', "more than 50,000,000 pixels", "scale it down")
     complaint(load, [a_row("huge.png")], *parts, image_root=tmp_path)
-    with pytest.raises(Image.DecompressionBombError):
-        open_image(tmp_path / "huge.png")
 
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
@@ -374,39 +404,14 @@ def test_bomb_warning_turned_error_is_the_same_complaint(load, tmp_path):
     complaint(load, [a_row("huge.png")], 'record 0, field "image"', "50,000,000", image_root=tmp_path)
 
 
-def test_each_distinct_image_is_opened_once(load, root, tmp_path, monkeypatch):
-    opened, really_open = [], Image.open
-    monkeypatch.setattr(
-        sample.Image, "open", lambda path, **kw: opened.append(path) or really_open(path, **kw)
-    )
+def test_each_distinct_image_is_checked_once(load, root, tmp_path, monkeypatch):
+    checked, really = [], sample.check_image
+    monkeypatch.setattr(sample, "check_image", lambda path: checked.append(path) or really(path))
     (tmp_path / "bad.png").write_text("no image")
     (tmp_path / "good.png").write_bytes((root / "train/a.png").read_bytes())
     rows = [a_row("good.png"), a_row("bad.png"), a_row("x/../good.png")] * 5
     complaint(load, rows, "5 of 15 records", image_root=tmp_path)
-    assert len(opened) == len(set(opened)) == 2
-
-
-def test_checking_thousands_of_small_images_is_quick(load, tmp_path):
-    Image.effect_noise((96, 96), 50).convert("RGB").save(tmp_path / "0.png")
-    for i in range(1, 1_000):
-        os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
-    start = time.perf_counter()
-    load([a_row(f"{i}.png") for i in range(1_000)], image_root=tmp_path)
-    assert time.perf_counter() - start < 3
-
-
-def test_open_image_is_upright_rgb(tmp_path):
-    image = Image.new("L", (6, 4))
-    image.putpixel((0, 0), 255)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shot with the camera turned: rotate 90° clockwise to view
-    image.save(tmp_path / "turned.png", exif=exif)
-    upright = open_image(tmp_path / "turned.png")
-    assert (upright.mode, upright.size) == ("RGB", (4, 6))
-    assert upright.getpixel((3, 0)) == (255, 255, 255)
-    with pytest.raises(OSError, match="cannot identify"):
-        (tmp_path / "page.png").write_text("no image")
-        open_image(tmp_path / "page.png")
+    assert len(checked) == len(set(checked)) == 2
 
 
 # The split

@@ -1,17 +1,24 @@
 """The memory on disk: what a kill leaves, who may write, what is refused, what an undo gives back."""
 
+import errno
 import multiprocessing
+import os
 import random
+import shutil
 import signal
+import threading
 import time
+import warnings
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import lancedb
+import pyarrow as pa
 import pytest
 import torch
 from writer import BATCH, DIM, change, content, hold, write
 
-from mscke import search
 from mscke.benchmark.sample import Edit, Query
 from mscke.classifier import ScopeClassifier
 from mscke.editors.mscke import RoutedModel
@@ -19,7 +26,9 @@ from mscke.memory import EditMemory
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.mllm import MLLM
 from mscke.router import ScopeRouter
-from mscke.store import Change
+from mscke.storage import search
+from mscke.storage.salvage import recover
+from mscke.storage.store import Change
 
 pytest_plugins = ["tiny"]
 KILLS = 50
@@ -160,7 +169,7 @@ def test_small_files_that_cannot_be_put_together_are_no_failure(path, image, mon
     def full_disk(**options):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("mscke.store.FRAGMENTS", 2)
+    monkeypatch.setattr("mscke.storage.store.FRAGMENTS", 2)
     memory = EditMemory.open(path, "abc", DIM)
     monkeypatch.setattr(memory._store._table, "optimize", full_disk)
     change(memory, image)
@@ -178,6 +187,155 @@ def test_a_table_whose_changes_repeat_is_refused(path, image, written):
         EditMemory.open(path)
     with pytest.raises(ValueError, match="is damaged"):  # and the lock was let go
         EditMemory.open(path)
+
+
+@pytest.fixture
+def hurt(path, tmp_path):
+    """Twelve edits by changes 1 to 4 and 5, twice: each on a picture of its own, and changes after that."""
+    memory = EditMemory.open(path, "abc", DIM)
+    for version in range(1, 4):
+        memory.add(*own_pictures(tmp_path, version))
+    memory.remove([1, 4])
+    ids, store = tuple(range(9, 9 + BATCH)), memory._store
+    for twice in (5, 6):
+        store.append(Change(5, "add", ids, datetime.now(UTC)), *own_pictures(tmp_path, twice))
+    store.append(Change(7, "remove", ids[:1], datetime.now(UTC)), (), None)
+    store.append(Change(8, "add", (15, 16, 17), datetime.now(UTC)), *own_pictures(tmp_path, 8))
+    memory.close()
+
+
+def own_pictures(folder, version):
+    edits, z = content(version, "")
+    edits = [replace(e, image=str(folder / f"{version}.{i}.png")) for i, e in enumerate(edits)]
+    for e in edits:
+        Path(e.image).write_bytes(e.prompt.encode())
+    return edits, z
+
+
+def test_a_memory_that_was_hurt_says_what_is_left_and_gives_it_back(path, hurt, tmp_path):
+    """All that stood before the damage and was added since; the removal since may have meant either of two."""
+    message = r"is damaged: .* Of 8 changes the first 5 are whole, and all 18 edits .* mscke\.storage\.salvage\.recover\("
+    with pytest.raises(ValueError, match=message):
+        EditMemory.open(path)
+    for i in range(BATCH):
+        (tmp_path / f"6.{i}.png").unlink()  # of an id that was given twice
+    with pytest.warns(UserWarning, match="1 removals or undos after its damage were not repeated"):
+        memory = recover(path, tmp_path / "new")
+    memory.close()
+    memory, n = EditMemory.open(tmp_path / "new", "abc"), 16
+    left = [f"{v}.{i}" for v in (1, 2, 3, 5, 6, 8) for i in range(BATCH) if (v, i) not in ((1, 1), (2, 1))]
+    assert memory.ids.tolist() == list(range(n)) and sorted(memory[i].prompt[7:] for i in range(n)) == left
+    for i in range(n):
+        version, place = map(int, memory[i].prompt[7:].split("."))
+        assert torch.equal(memory.embeddings[i], content(version, "")[1][place])
+        assert Path(memory[i].image).read_bytes() == memory[i].prompt.encode()
+    with pytest.raises(FileExistsError, match=r"there is a memory at .*new already"):
+        memory.close()
+        recover(path, tmp_path / "new")
+
+
+def test_a_whole_memory_is_recovered_as_it_is(path, written, tmp_path):
+    memory = recover(path, tmp_path / "new")
+    assert [memory[i] for i in range(len(memory))] == [written[i] for i in written.ids.tolist()]
+    assert torch.equal(memory.embeddings, written.embeddings)
+
+
+# what a copy may lack, and what its error then says
+DAMAGE = {
+    "no _versions": (lambda table: shutil.rmtree(table / "_versions"), "lacks the manifests in _versions"),
+    "no manifests": (lambda table: [f.unlink() for f in table.glob("_versions/*")], "lacks the manifests"),
+    "no data": (lambda table: shutil.rmtree(table / "data"), "missing, cut off"),
+    "a data file less": (lambda table: min(table.glob("data/*")).unlink(), "missing, cut off"),
+    "a data file cut": (lambda table: os.truncate(min(table.glob("data/*")), 100), "missing, cut off"),
+    "manifests cut": (lambda table: [os.truncate(f, 10) for f in table.glob("_versions/*")], "cut off"),
+    "a file for a table": (lambda table: (shutil.rmtree(table), table.touch()), "lacks the manifests"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_copy_that_lacks_files_is_named_and_nothing_begun_over_it(path, written, case):
+    damage, message = DAMAGE[case]
+    damage(path / "edits.lance")
+    before = files(path)
+    for options in ({}, {"dim": DIM}, {"read_only": True}):
+        with pytest.raises(ValueError, match=rf"^{path} is damaged: .*{message}"):
+            EditMemory.open(path, "abc", **options)
+    assert files(path) == before
+
+
+def files(folder):
+    """Every file and folder below, with its content and when it was changed."""
+    return {
+        p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None)
+        for p in (folder, *folder.rglob("*"))
+    }
+
+
+def test_a_copy_without_its_transactions_is_whole(path, image, written):
+    shutil.rmtree(path / "edits.lance" / "_transactions")
+    memory = EditMemory.open(path)
+    same(memory, written)
+    assert change(memory, image) == 13
+    memory.close()
+    same(EditMemory.open(path), memory)
+
+
+def test_a_change_says_what_it_replaced(path, image, written):
+    store = EditMemory.open(path)._store
+    n = sum(len(c.ids) for c in written.log() if c.change == "add")
+    entry = Change(13, "add", (n, n + 1, n + 2), datetime.now(UTC), (3, 0))
+    store.append(entry, *content(13, image))
+    store.close()
+    assert EditMemory.open(path).log() == [*written.log(), entry]
+
+
+def first_edition(path, image, versions=3):
+    """A memory as the first edition wrote it, of so many changes: it kept no more of a picture than its bytes."""
+    columns = {
+        "version": pa.int64(), "change": pa.string(), "id": pa.int64(), "time": pa.timestamp("us", tz="UTC"),
+        "image": pa.string(), "picture": pa.large_binary(), "prompt": pa.string(), "answer": pa.string(),
+        "embedding": pa.list_(pa.float32(), DIM),
+    }  # fmt: skip
+    schema = pa.schema(columns.items(), metadata={"classifier": "abc"})
+    table, memory = lancedb.connect(path).create_table("edits", schema=schema), EditMemory(DIM, "abc")
+    for _ in range(versions):
+        change(memory, image)
+        (version, kind, ids, at), n = memory.log()[-1][:4], len(memory.log()[-1].ids)
+        added, z = content(version, image) if kind == "add" else ([None] * n, [None] * n)
+        texts = [[e and getattr(e, name) for e in added] for name in ("image", "prompt", "answer")]
+        pictures = [e and image.read_bytes() for e in added]
+        vectors = [v if v is None else v.tolist() for v in z]
+        columns = [[version] * n, [kind] * n, ids, [at] * n, texts[0], pictures, *texts[1:], vectors]
+        table.add(pa.table(columns, schema=schema))
+    return memory
+
+
+def test_a_memory_of_the_first_edition_is_read_and_written(path, image):
+    memory = first_edition(path, image)
+    same(EditMemory.open(path, read_only=True), memory)
+    old = EditMemory.open(path, "abc")
+    for _ in range(3):
+        assert change(old, image) == change(memory, image)
+    old.close()
+    again = EditMemory.open(path, "abc")
+    same(again, old)
+    assert [c[:3] for c in again.log()] == [c[:3] for c in memory.log()]
+    assert [again[i] for i in again.ids.tolist()] == [memory[i] for i in memory.ids.tolist()]
+
+
+@pytest.mark.parametrize("grown", [True, False])
+def test_a_picture_of_the_first_edition_is_compared_as_well(path, image, tmp_path, grown):
+    first_edition(path, image)
+    if grown:  # by a change of this edition
+        memory = EditMemory.open(path)
+        change(memory, image)
+        memory.close()
+    with warnings.catch_warnings(action="error"):
+        assert EditMemory.open(path, read_only=True)[0].image == str(image)
+    image.write_bytes(b"another picture")
+    with pytest.warns(UserWarning, match=rf"{image} \(edit 0\)"):
+        memory = EditMemory.open(path, read_only=True)
+    assert Path(memory[0].image).read_bytes() == b"a picture's bytes"
 
 
 def test_who_was_killed_while_making_a_table_bars_nobody(path, image):
@@ -206,7 +364,7 @@ def test_ids_are_not_given_again(path, image, written):
 
 
 def test_many_small_changes_are_put_together(path, image, monkeypatch):
-    monkeypatch.setattr("mscke.store.FRAGMENTS", 4)
+    monkeypatch.setattr("mscke.storage.store.FRAGMENTS", 4)
     memory = EditMemory.open(path, "abc", DIM)
     for _ in range(9):
         change(memory, image)
@@ -247,6 +405,100 @@ def test_a_closed_memory_lets_others_in_whatever_was_forked(path, image, written
     assert change(other, image) == 13
     with pytest.raises(PermissionError, match="or is closed"):
         change(memory, image)
+
+
+def test_a_fork_of_the_writer_is_no_second_writer(path, image, written):
+    memory, context = EditMemory.open(path), multiprocessing.get_context("fork")
+    said = context.SimpleQueue()
+
+    def try_it():
+        try:
+            change(memory, image)
+        except PermissionError as error:
+            said.put(str(error))
+
+    child = context.Process(target=try_it)
+    child.start()
+    child.join(60)
+    child.kill()  # LanceDB does not work in a fork: it may hang
+    assert not said.empty() and "by another process" in said.get()
+    assert change(memory, image) == 13
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_threads_that_add_all_find_their_edits(path, image, durable):
+    """And those that ask meanwhile see a memory between two changes."""
+    n, each = 6, 8
+    memory = EditMemory.open(path, "abc", DIM) if durable else EditMemory(DIM, "abc")
+    memory.add(*content(0, image))
+    barrier, told, failed, done = threading.Barrier(n + 2), {}, [], threading.Event()
+
+    def add(thread):
+        barrier.wait()
+        for i in range(each):
+            version = 1 + thread * each + i
+            told[version] = memory.add(*content(version, image))
+
+    def ask():
+        barrier.wait()
+        while not done.is_set():
+            distances, ids = memory.nearest(torch.zeros(2, DIM), 1000)
+            assert distances.isfinite().all() and ids.shape == distances.shape and ids.shape[1] % BATCH == 0
+            assert len(memory.at(len(memory.log()))) % BATCH == 0 and memory[int(ids[0, -1])]
+
+    def report(act, *args):
+        try:
+            act(*args)
+        except BaseException as error:
+            failed.append(error)
+
+    writers = [threading.Thread(target=report, args=(add, i)) for i in range(n)]
+    readers = [threading.Thread(target=report, args=(ask,)) for _ in range(2)]
+    for thread in (*writers, *readers):
+        thread.start()
+    for thread in writers:
+        thread.join()
+    done.set()
+    for thread in readers:
+        thread.join()
+    assert not failed
+    if durable:
+        memory.close()
+        same(EditMemory.open(path), memory)
+    assert len(told) == n * each and len(memory) == BATCH * (n * each + 1)
+    for version, ids in told.items():
+        edits, z = content(version, image)
+        assert [memory[i] for i in ids] == edits and torch.equal(memory.embeddings[ids], z)
+
+
+@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("act", ["add", "remove", "undo", "nearest", "close"])
+def test_who_comes_during_a_change_waits_for_its_end(path, image, monkeypatch, act, durable):
+    memory = EditMemory.open(path, "abc", DIM) if durable else EditMemory(DIM, "abc")
+    change(memory, image)
+    acts = {
+        "add": lambda: memory.add(*content(9, image)), "remove": lambda: memory.remove([3]), "undo": memory.undo,
+        "nearest": lambda: memory.nearest(torch.zeros(1, DIM), 9)[1].shape, "close": memory.close,
+    }  # fmt: skip
+    found, enter = [], memory._changes.enter
+    other = threading.Thread(target=lambda: found.append(acts[act]()))
+
+    def in_the_middle(*entry):
+        monkeypatch.undo()
+        other.start()
+        other.join(0.3)  # it gets this long to go wrong
+        assert not found
+        return enter(*entry)
+
+    monkeypatch.setattr(memory._changes, "enter", in_the_middle)
+    change(memory, image)
+    other.join()
+    after = {"add": [6, 7, 8], "remove": None, "undo": None, "nearest": (1, 6), "close": None}
+    assert found == [after[act]]
+    assert len(memory) == {"add": 9, "remove": 5, "undo": 3}.get(act, 6)
+    if durable:
+        memory.close()
+        same(EditMemory.open(path), memory)
 
 
 def test_a_reader_sees_the_memory_as_it_was_opened(path, image, written):
@@ -290,7 +542,7 @@ def test_a_lost_image_comes_from_the_memory(path, image, written):
 
 
 def test_each_lost_image_comes_back_to_its_own_edits(path, tmp_path, monkeypatch):
-    monkeypatch.setattr("mscke.store.AT_ONCE", 2)
+    monkeypatch.setattr("mscke.storage.store.AT_ONCE", 2)
     pictures = [tmp_path / f"{i}.png" for i in range(5)]
     for i, picture in enumerate(pictures):
         picture.write_bytes(bytes([i]))
@@ -302,6 +554,201 @@ def test_each_lost_image_comes_back_to_its_own_edits(path, tmp_path, monkeypatch
     again = EditMemory.open(path, read_only=True)
     assert [Path(again[i].image).read_bytes() for i in range(10)] == [bytes([i % 5]) for i in range(10)]
     assert again[0].image == str(pictures[0])
+
+
+def old(image, content, seconds=100):
+    """The file shows this since so many seconds."""
+    image.write_bytes(content)
+    changed = time.time_ns() - seconds * 10**9
+    os.utime(image, ns=(changed, changed))
+    return changed
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+@pytest.mark.parametrize("seconds", [0, 100])
+def test_an_overwritten_picture_is_noticed_and_the_stored_one_shown(path, image, read_only, seconds):
+    """Of the same length, too; and each edit on one path means the picture that it was stored with."""
+    shown = [b"first", b"other", b"third"]
+    memory = EditMemory.open(path, "abc", DIM)
+    for i, picture in enumerate(shown):
+        old(image, picture, seconds + 10 * (3 - i))
+        memory.add([Edit(str(image), f"t{i}", "y")] * 2, torch.ones(2, DIM))
+    memory.close()
+    message = (
+        rf"{path}: 1 files show other pictures .* the edits keep the stored ones: {image} \(edit [02]\)$"
+    )
+    with pytest.warns(UserWarning, match=message):
+        memory = EditMemory.open(path, read_only=read_only)
+    assert [Path(memory[i].image).read_bytes() for i in range(6)] == [b"first"] * 2 + [b"other"] * 2 + [
+        b"third"
+    ] * 2
+    assert memory[4].image == str(image) and memory[0].image == memory[1].image != memory[2].image
+    assert Path(memory[0].image).suffix == ".png"
+
+
+def test_a_file_is_trusted_by_its_size_and_time_once_they_tell_its_changes_apart(path, image):
+    """What was changed within two seconds of being stored may be changed again without another time."""
+    settled, fresh = image, image.with_name("fresh.png")
+    at = {settled: old(settled, b"first"), fresh: old(fresh, b"first", 1)}
+    memory = EditMemory.open(path, "abc", DIM)
+    memory.add([Edit(str(i), "t", "y") for i in at], torch.ones(2, DIM))
+    memory.close()
+    for file, changed in at.items():
+        file.write_bytes(b"other")
+        os.utime(file, ns=(changed, changed))
+    with pytest.warns(UserWarning, match=rf"1 files .*: {fresh} \(edit 1\)$"):
+        memory = EditMemory.open(path)
+    assert memory[0].image == str(settled) and Path(memory[1].image).read_bytes() == b"first"
+
+
+def test_a_file_that_was_only_touched_is_the_same_picture(path, image, written):
+    os.utime(image, ns=(0, 0))
+    with warnings.catch_warnings(action="error"):
+        memory = EditMemory.open(path)
+    same(memory, written)
+
+
+def test_what_is_no_file_any_more_is_a_lost_picture(path, image, written):
+    image.unlink()
+    image.mkdir()
+    memory = EditMemory.open(path)
+    assert Path(memory[int(memory.ids[0])].image).read_bytes() == b"a picture's bytes"
+
+
+class Witness:
+    """A classifier that says what it saw."""
+
+    dim, within = DIM, 0.0
+
+    def __init__(self):
+        self.saw = []
+
+    def fingerprint(self):
+        return "witness"
+
+    def embed(self, queries, answers):
+        self.saw += [Path(q.image).read_bytes() for q in queries]
+        return torch.zeros(len(queries), DIM)
+
+
+def test_edits_are_embedded_again_with_their_stored_pictures(path, image, tmp_path, written):
+    """Though the file was overwritten while the memory was open."""
+    memory, witness = EditMemory.open(path), Witness()
+    image.write_bytes(b"another picture")
+    with pytest.warns(UserWarning, match=str(image)):
+        new = memory.embed_again(witness, tmp_path / "new")
+    assert witness.saw == [b"a picture's bytes"] * len(memory)
+    new.close()
+    new = EditMemory.open(tmp_path / "new")
+    assert [Path(new[i].image).read_bytes() for i in range(len(new))] == witness.saw
+    assert [new[i].prompt for i in range(len(new))] == [memory[i].prompt for i in memory.ids.tolist()]
+
+
+# ------------------------------------------------------------------------------- its folder
+
+
+def test_reading_writes_nothing_into_the_memorys_folder(path, image, tmp_path, written):
+    """Which may lie where nothing can be written; a lost picture is shown all the same."""
+    image.unlink()
+    before = files(path)
+    reader = EditMemory.open(path, "abc", read_only=True)
+    past, picture = reader.at(1), Path(reader[int(reader.ids[0])].image)
+    reader.embed_again(Witness(), tmp_path / "new").close()
+    reader.close()
+    assert files(path) == before
+    assert picture.read_bytes() == b"a picture's bytes" == Path(past[0].image).read_bytes()
+
+
+@pytest.mark.parametrize("number, kind", [(errno.EROFS, OSError), (errno.EACCES, PermissionError)])
+def test_a_writer_that_may_not_write_is_told_how_to_read(path, written, monkeypatch, number, kind):
+    def refuse(file, mode):
+        raise OSError(number, "no writing here", str(file))
+
+    monkeypatch.setattr("mscke.storage.alone.open", refuse, raising=False)
+    with pytest.raises(kind, match=rf"{path} cannot be written \(no writing here\).*read_only=True"):
+        EditMemory.open(path)
+    same(EditMemory.open(path, read_only=True), written)
+
+
+@pytest.mark.parametrize("name", ["~/mem", "~", "~/mem/", "~/a/b"])
+def test_the_home_is_one_folder_for_all_parts(tmp_path, image, monkeypatch, name):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    memory = EditMemory.open(name, "abc", DIM)
+    change(memory, image)
+    memory.close()
+    image.unlink()
+    again = EditMemory.open(name, "abc")
+    folder = home / name.strip("~/")
+    assert {p.name for p in folder.iterdir()} == {"edits.lance", "writer.lock", "pictures"}
+    assert Path(again[0].image).parent == folder / "pictures" and not list(here.iterdir())
+
+
+def test_a_relative_path_stays_where_it_was_when_opened(tmp_path, image, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    memory = EditMemory.open("mem", "abc", DIM)
+    change(memory, image)
+    monkeypatch.chdir("elsewhere")
+    change(memory, image)
+    memory.embed_again(Witness(), "new").close()
+    memory.close()
+    assert {p.name for p in Path().iterdir()} == {"new"}
+    same(EditMemory.open(tmp_path / "mem"), memory)
+
+
+class Named:
+    def __init__(self, path):
+        self.path = path
+
+    def __fspath__(self):
+        return str(self.path)
+
+
+@pytest.mark.parametrize("name", ["a b", "a#b", "a?b", "a%20b", "é", "a:b", "x/./~", "x/../b", "'", "*"])
+def test_whatever_a_folder_is_called_its_parts_lie_in_it(tmp_path, image, name):
+    memory = EditMemory.open(Named(tmp_path / name), "abc", DIM)
+    change(memory, image)
+    memory.close()
+    assert {p.name for p in (tmp_path / name).iterdir()} == {"edits.lance", "writer.lock"}
+    same(EditMemory.open(f"{tmp_path}/{name}/"), memory)
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/mem", "file:///mem", "db://mem", Path("gs://bucket/mem")])
+@pytest.mark.parametrize("read_only", [True, False])
+def test_an_address_is_no_folder(tmp_path, monkeypatch, name, read_only):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is an address; a memory lies in a folder of this machine"):
+        EditMemory.open(name, "abc", DIM, read_only)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\x7fb", "a\udcffb"])
+def test_a_name_that_lancedb_cannot_read_is_refused_before_anything_is_begun(tmp_path, name):
+    with pytest.raises(ValueError, match=r"has control characters or is not UTF-8; give .* another name"):
+        EditMemory.open(tmp_path / name, "abc", DIM)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_file_is_no_folder(image, read_only):
+    with pytest.raises(NotADirectoryError, match=rf"{image} is a file; a memory lies in a folder"):
+        EditMemory.open(image, "abc", DIM, read_only)
+
+
+def test_a_folder_by_another_name_has_the_same_writer(path, tmp_path, image, written):
+    (tmp_path / "link").symlink_to(path)
+    memory = EditMemory.open(tmp_path / "link")
+    with pytest.raises(BlockingIOError, match="is being written by another"):
+        EditMemory.open(path)
+    assert change(memory, image) == 13
+    memory.close()
+    same(EditMemory.open(path), memory)
+
+
+# ------------------------------------------------------------------------------- embedded again
 
 
 def test_edits_are_embedded_again(path, tmp_path, classifier, records):

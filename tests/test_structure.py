@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TRACKED = subprocess.run(["git", "-C", ROOT, "ls-files", "notebooks"], capture_output=True, text=True).stdout
 COMMITTED = [n for n in NOTEBOOKS if n.name in TRACKED] if TRACKED else NOTEBOOKS
 LAYERS = (
-    ("config", "workers"), ("benchmark",), ("models",), ("classifier", "search", "store", "memory", "router"),
+    ("config", "workers"), ("benchmark",), ("models",), ("storage", "classifier", "memory", "router"),
     ("checkpoint", "fit", "training", "editors"),
     ("evaluation",), ("report",),
 )  # fmt: skip
@@ -30,7 +30,7 @@ def dotted(path: Path) -> str:
 def imports(path: Path) -> set[str]:
     """The package's own modules that ``path`` imports, wherever in the file it does so."""
     names, known = set(), {dotted(p) for p in MODULES}
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -76,7 +76,7 @@ def test_the_method_is_short(name):
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_nothing_unsafe_is_loaded(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
             assert not {"pickle", "dill", "joblib"} & set(names), f"{path}:{node.lineno}"
@@ -92,8 +92,21 @@ def test_nothing_unsafe_is_loaded(path):
         assert name not in ("eval", "exec", "os.system", "pd.read_pickle"), where
 
 
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_texts_are_read_and_written_in_utf_8_whatever_the_locale(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name, given = ast.unparse(node.func), {k.arg for k in node.keywords}
+        binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in node.args[1:2])
+        if name == "open" and not any("b" in ast.unparse(a) for a in node.args[1:2]) and not binary:
+            assert "encoding" in given, f"{path}:{node.lineno}"
+        if name.endswith((".read_text", ".write_text")):
+            assert "encoding" in given, f"{path}:{node.lineno}"
+
+
 def cells(path):
-    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -111,8 +124,81 @@ def test_notebooks_take_literal_parameters(path):
 def test_committed_notebooks_are_executed_in_order(path):
     counts = [c["execution_count"] for c in cells(path)]
     assert counts == list(range(1, len(counts) + 1)), "run it: nbval compares no cell without a count"
-    assert json.loads(path.read_text())["metadata"]["kernelspec"]["name"] == "python3"
+    assert json.loads(path.read_text(encoding="utf-8"))["metadata"]["kernelspec"]["name"] == "python3"
     for cell in cells(path):
         assert not [o for o in cell["outputs"] if o["output_type"] == "error"]
         if "nbval-check-output" in cell["metadata"].get("tags", []):
             assert cell["outputs"], "a check of no output checks nothing"
+
+
+# ------------------------------------------------------------------- nothing that is checked was timed
+
+TIMING = {
+    "in_turns",
+    "latency",
+    "side_by_side",
+    "measured",
+    "peak_memory",
+    "paper_seconds",
+    "whole_seconds",
+    "compare",
+}
+TIMING |= {"perf_counter", "monotonic", "process_time", "time", "timeit"}
+
+
+def names(node) -> set[str]:
+    """Names that an expression reads, and the attributes that it calls."""
+    called = {
+        n.func.attr for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+    }
+    return called | {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+def timed_checks(tree: ast.AST) -> list[str]:
+    """The assertions of a notebook or test that depend on what was timed, through however many names."""
+    timed, before = set(TIMING), None
+    while timed != before:
+        before = set(timed)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and names(node.value) & timed:
+                timed |= {
+                    n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)
+                }
+            if (
+                isinstance(node, ast.FunctionDef)
+                and not node.name.startswith("test_")
+                and names(node) & timed
+            ):
+                timed.add(node.name)
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and "assert_" in ast.unparse(n.func)]
+    checks = [*(n for n in ast.walk(tree) if isinstance(n, ast.Assert)), *calls]
+    return [ast.unparse(check) for check in checks if names(check) & timed]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_notebook_checks_what_it_timed(path):
+    code = "\n".join("".join(c["source"]) for c in cells(path))
+    assert not timed_checks(ast.parse(code.replace("%matplotlib", "#")))
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda p: p.stem)
+def test_no_test_reads_a_clock_to_check_by_it(path):
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(function, ast.FunctionDef) and function.name.startswith("test_"):
+            read = {ast.unparse(n.func) for n in ast.walk(function) if isinstance(n, ast.Call)}
+            assert not read & {"time.perf_counter", "time.monotonic", "time.time", "time.process_time"}, (
+                function.name
+            )
+
+
+def test_what_was_timed_is_found_through_names_and_functions():
+    code = """
+def both():
+    return latency(parts)
+table = both()
+fast = table[table.ms < 3]
+assert len(fast) > 1
+work = flops(call)
+assert work < 3
+"""
+    assert timed_checks(ast.parse(code)) == ["assert len(fast) > 1"]

@@ -215,9 +215,11 @@ def test_the_counterfactual_model_learns_its_records(blip2, records, tmp_path):
 
 
 def test_validation_compares_as_the_metrics_do(blip2, records, tmp_path, monkeypatch):
-    """Case and a closing stop are no mistakes there, nor here."""
+    """What is no mistake there is none here."""
     model = CounterfactualModel.beside(blip2)
-    monkeypatch.setattr(type(records[0]), "answers", property(lambda r: dict.fromkeys(ROLES, "Mount Fuji.")))
+    monkeypatch.setattr(
+        type(records[0]), "answers", property(lambda r: dict.fromkeys(ROLES, "The Mount “Fuji”."))
+    )
     monkeypatch.setattr(model, "answer", lambda queries, edits: ["mount fuji"] * len(queries))
     curve = train_counterfactual(model, records[:2], records[2:4], tmp_path, 1)
     assert curve.filter(like="right_").iloc[0].tolist() == [1.0, 1.0, 1.0]

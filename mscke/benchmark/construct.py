@@ -9,23 +9,29 @@ pairs come from NQ-open::
     OPENAI_API_KEY=… python -m mscke.benchmark.construct --questions questions.json \\
         --annotations annotations.json --images coco --nq NQ-open.train.jsonl --out fgvedit
 
-The same seed and cache of verdicts (``fgvedit/verdicts``) give the same files.
+The same seed and cache of verdicts (``fgvedit/verdicts``) give the same files. What the model or a content filter
+refuses is left out, and so is what gets no readable reply, up to the share ``--leave-out``; ``report.json`` names both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from mscke.benchmark.judge import Judge, JudgeError, Request, Task, write_json
-from mscke.benchmark.sample import RecordError, load_records, split_validation
-from mscke.benchmark.verdicts import Judged, judge_pairs
+from mscke.benchmark import pictures
+from mscke.benchmark.answers import normalise_answer
+from mscke.benchmark.judge import Judge, JudgeError, NoReply, Request, Task, write_json
+from mscke.benchmark.sample import SHOWN, RecordError, load_records, split_validation
+from mscke.benchmark.verdicts import Judged, judge_pairs, left_out
 from mscke.benchmark.vqa import COCO_NAME, VisualQuestion, propose, read_nq, read_vqa
 
 TEST_SHARE = 1 / 4  # 3:1, as the paper splits
@@ -39,8 +45,9 @@ have the same short answer, and differ in its words.""",
 
 def build_rows(
     judge: Judge, judged: Sequence[Judged], nq: Sequence[tuple[str, str]], seed: int = 0
-) -> list[dict]:
-    """FGVEdit's JSON objects: one of each edit that has a hard question on either side and can be reworded.
+) -> tuple[list[dict], list[dict]]:
+    """(FGVEdit's JSON objects, one of each edit that has a hard question on either side and can be reworded;
+    the edits that got no rewording, named by :func:`left_out`).
 
     No question of ``nq`` is used twice. Raises :class:`RecordError` when there are too few of them.
     """
@@ -54,12 +61,12 @@ def build_rows(
         raise RecordError(f"{len(edited)} edits need as many NQ-open pairs, {len(nq)} are there; give more")
     requests = [Request(REPHRASE, {"question": q.question}) for q in edited]
     locality = np.random.default_rng(seed).permutation(len(nq))
-    rows = []
-    for q, reply, at in zip(edited, judge.ask_all(requests, "rewording"), locality, strict=False):
+    rows, replies = [], judge.ask_all(requests, "rewording")
+    for q, reply, at in zip(edited, replies, locality, strict=False):
         rephrase = reply["question"].strip() if reply else ""
-        if rephrase.lower() not in ("", q.question.strip().lower()):
+        if rephrase and normalise_answer(rephrase) != normalise_answer(q.question):
             rows.append(_row(inside[q], outside[q], rephrase, nq[at]))
-    return rows
+    return rows, left_out("rewording", [inside[q].pair for q in edited], replies)
 
 
 def construct(
@@ -75,20 +82,25 @@ def construct(
     """Write ``train_data.json``, ``test_data.json`` (3:1, no image in both) and ``report.json`` into ``out``.
 
     ``proposal`` goes to :func:`propose`. Returns the report: how many of everything, and the judge's
-    agreement with itself. Raises :class:`RecordError` when an image is missing or too little is left,
-    :class:`JudgeError` when the judge does not answer; run again, it goes on where it stopped.
+    agreement with itself. What the judge refused or left unanswered is left out and named there.
+
+    Raises :class:`RecordError` before anything is asked when an image is missing, damaged or outside ``images``,
+    and at the end when too little is left; :class:`JudgeError` when the judge does not answer: run again, it goes
+    on where it stopped.
     """
     pairs = propose(questions, seed=seed, **proposal)
     used = sorted({pair.edited.image for pair in pairs})
-    if missing := [name for name in used if not (images / name).is_file()]:
-        raise RecordError(f"{len(missing)} of {len(used)} images are not in {images}, {missing[0]} for one")
-    judged, kappas = judge_pairs(judge, pairs, images, repeat, seed)
-    rows = build_rows(judge, judged, nq, seed)
+    _check_pictures(used, images)
+    judged, kappas, missing = judge_pairs(judge, pairs, images, repeat, seed)
+    rows, unworded = build_rows(judge, judged, nq, seed)
+    neither, missing = len(pairs) - len(judged) - len(missing), missing + unworded
+    why = {w.value: sum(one["why"] == w.value for one in missing) for w in NoReply}
     write_json(out / "records.json", rows)
     records = load_records(out / "records.json", images).records  # checks every field and image
     if len({record.edit.image for record in records}) < 2:
         raise RecordError(
-            f"{len(pairs)} pairs gave {len(records)} records, too few to split; give more images"
+            f"{len(pairs)} pairs gave {len(records)} records, too few to split ({why['refused']} questions were "
+            f"refused, {why['unanswered']} unanswered); give more images"
         )
     train, test = split_validation(records, TEST_SHARE, seed)
     for split, part in (("train", train), ("test", test)):
@@ -96,11 +108,25 @@ def construct(
     counts = Counter(f"{j.scope}, {'hard' if j.hard else 'easy'}" for j in judged)
     report = {
         "model": judge.model, "seed": seed, "images": len(used), "edits": len({p.edited for p in pairs}),
-        "pairs": len(pairs), "neither": len(pairs) - len(judged), **dict(sorted(counts.items())),
-        "train": len(train), "test": len(test), "agreement": kappas,
+        "pairs": len(pairs), "neither": neither, **dict(sorted(counts.items())),
+        "train": len(train), "test": len(test), "agreement": kappas, **why, "left_out": missing,
     }  # fmt: skip
     write_json(out / "report.json", report)
     return report
+
+
+def _check_pictures(names: Sequence[str], images: Path) -> None:
+    """Raise :class:`RecordError` naming those that cannot be used: a construction of many hours does not end at one."""
+    root, bad = os.path.realpath(images), []
+    for name in tqdm(names, "pictures", mininterval=2):
+        try:
+            pictures.check_image(pictures.inside(root, name))
+        except pictures.PictureError as error:
+            bad.append(f"  {name}: {error}")
+    if bad:
+        more = [f"  … and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+        head = f"{len(bad)} of {len(names)} images cannot be used (nothing was asked yet); mend them or take their questions out:"
+        raise RecordError("\n".join([head, *bad[:SHOWN], *more]))
 
 
 def _row(inside: Judged, outside: Judged, rephrase: str, locality: tuple[str, str]) -> dict:
@@ -113,6 +139,16 @@ def _row(inside: Judged, outside: Judged, rephrase: str, locality: tuple[str, st
         "loc": locality[0], "loc_ans": locality[1],
         "meta": {"original": edited.answer, "question_ids": ids},
     }  # fmt: skip
+
+
+def temperature(text: str) -> float | None:
+    """A number from 0 on, or "none"."""
+    if text.lower() == "none":
+        return None
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return int(value) if value.is_integer() else value  # 0, not 0.0: verdicts are named by what was asked
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -128,6 +164,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--image-name", default=COCO_NAME, help="path of an image in --images (%(default)s)")
     parser.add_argument("--model", default=Judge.model)
+    parser.add_argument(
+        "--temperature", type=temperature, default=0, help="of the model; none: its own (%(default)s)"
+    )
+    parser.add_argument(
+        "--leave-out", type=float, default=Judge.leave_out,
+        help="share of a stage's questions that may stay unanswered; above it the run ends (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--concurrency", type=int, default=Judge.concurrency)
     parser.add_argument("--per-minute", type=float, default=Judge.per_minute, help="requests (%(default)s)")
     parser.add_argument("--limit", type=int, help="images to draw; all without it")
@@ -137,9 +180,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
+    if len(args.questions) != len(args.annotations):
+        parser.error(f"{len(args.questions)} questions files and {len(args.annotations)} of annotations")
     try:
-        pace = {"concurrency": args.concurrency, "per_minute": args.per_minute}
-        judge = Judge(args.out / "verdicts", args.model, **pace)
+        judge = Judge(
+            args.out / "verdicts", args.model, concurrency=args.concurrency, per_minute=args.per_minute,
+            options={} if args.temperature is None else {"temperature": args.temperature},
+            leave_out=args.leave_out,
+        )  # fmt: skip
         files = zip(args.questions, args.annotations, strict=True)
         questions = [q for asked, answered in files for q in read_vqa(asked, answered, args.image_name)]
         report = construct(

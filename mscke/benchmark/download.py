@@ -68,7 +68,7 @@ def _go_on(client: httpx2.Client, url: str, part: Path, tag: Path) -> None:
         if response.is_error or "text/html" in response.headers.get("Content-Type", ""):
             raise FetchError(f"{url} gives no file: HTTP {response.status_code} {response.reason_phrase}")
         if start == 0:
-            tag.write_text(_validator(response))
+            tag.write_text(_validator(response), encoding="utf-8")
         with open(part, "ab" if start else "wb") as file, _bar(part, start, total) as bar:
             for chunk in response.iter_raw():  # as it comes: a cut loses nothing
                 file.write(chunk)
@@ -101,4 +101,4 @@ def _size(part: Path) -> int:
 
 
 def _read(tag: Path) -> str:
-    return tag.read_text() if tag.exists() else ""
+    return tag.read_text(encoding="utf-8") if tag.exists() else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -226,9 +227,13 @@ def write_records(path: Path, size: int, make: Callable[[int], tuple[Scene, dict
     Processes share the work where they are forks: ``make`` must then be importable by name.
     """
     if path.exists():
-        there, last = json.loads(path.read_text()), json.dumps(make(size - 1)[1])
-        if len(there) == size and there[-1] == json.loads(last):
-            return path
+        last = json.loads(json.dumps(make(size - 1)[1]))
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+            if len(there) == size and there[-1] == last:
+                return path
+        except (ValueError, LookupError, TypeError) as error:
+            warnings.warn(f"{path} is damaged and is made anew ({error})", stacklevel=3)
         path.unlink()  # its images are about to be replaced
     parts = [(path.parent, make, range(i, min(i + AT_ONCE, size))) for i in range(0, size, AT_ONCE)]
     desc = f"{path.stem.removesuffix('_data')} scenes"
@@ -237,7 +242,7 @@ def write_records(path: Path, size: int, make: Callable[[int], tuple[Scene, dict
     else:
         rows = [_paint(*part) for part in tqdm(parts, desc=desc, mininterval=2)]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(list(chain.from_iterable(rows)), indent=1))
+    temporary.write_text(json.dumps(list(chain.from_iterable(rows)), indent=1), encoding="utf-8")
     os.replace(temporary, path)
     return path
 

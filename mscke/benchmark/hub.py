@@ -89,7 +89,7 @@ def _options(folder: Path, parts: Parts) -> list[list[str]]:
 def _shards(folder: Path, pattern: str, tensors: tuple[str, ...]) -> list[str]:
     for index in folder.glob(f"{pattern}.index.json"):
         try:
-            where = json.loads(index.read_text())["weight_map"]
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             return sorted({file for name, file in where.items() if name.startswith(tensors)})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise FetchError(f"{index} is no index of weights ({error!r}); fetch it again") from None
@@ -108,6 +108,6 @@ def _check_sound(path: Path) -> None:
             with safe_open(path, "pt"):
                 pass
         elif path.suffix == ".json":
-            json.loads(path.read_text())
+            json.loads(path.read_text(encoding="utf-8"))
     except (SafetensorError, ValueError) as error:
         raise FetchError(f"{path} is damaged or cut short ({error}); delete it, fetch it again") from None

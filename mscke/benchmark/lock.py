@@ -26,7 +26,7 @@ class Lock:
     def __init__(self, path: str | Path, frozen: bool = False):
         self.path, self.frozen = Path(path), frozen
         try:
-            entries = json.loads(self.path.read_text()) if self.path.exists() else {}
+            entries = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
             self.entries = {
                 source: {"revision": entry["revision"], "files": dict(entry["files"])}
                 for source, entry in entries.items()
@@ -62,7 +62,7 @@ class Lock:
             self.entries[source] = entry
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(self.entries, indent=1, sort_keys=True) + "\n")
+            temporary.write_text(json.dumps(self.entries, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             os.replace(temporary, self.path)
 
 

@@ -16,13 +16,12 @@ import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
-from PIL import Image, ImageOps
+from mscke.benchmark.pictures import PictureError, check_image, inside
 
 FIELDS = ("src", "alt", "rephrase", "image", "fg_gen_q", "fg_gen_a", "fg_loc_q", "fg_loc_a", "loc", "loc_ans")
-FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 50_000_000  # read from the header, before anything is decoded
+ANSWERS = ("alt", "fg_gen_a", "fg_loc_a", "loc_ans")
 SHOWN = 5  # bad records that one error message spells out
 
 
@@ -32,19 +31,45 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Query:
-    """A question about an image (absolute path), or text alone (``image=None``)."""
+    """A question about an image (absolute path), or text alone (``image=None``).
+
+    A path may be pathlib's; it is kept as text. TypeError for anything else.
+    """
 
     question: str
     image: str | None = None
 
+    def __post_init__(self):
+        _check(self, "question")
+
 
 @dataclass(frozen=True)
 class Edit:
-    """(i_e, t_e, y_e): the image (absolute path), the edit prompt and the target answer."""
+    """(i_e, t_e, y_e): the image (absolute path), the edit prompt and the target answer.
+
+    A path may be pathlib's; it is kept as text. TypeError for anything else.
+    """
 
     image: str
     prompt: str
     answer: str
+
+    def __post_init__(self):
+        _check(self, "prompt", "answer")
+
+
+def _check(part: Query | Edit, *texts: str) -> None:
+    """Raise TypeError unless these fields are text and the image is a path or, in a query, None."""
+    for name in texts:
+        if not isinstance(found := getattr(part, name), str):
+            raise TypeError(f"{type(part).__name__}: {name} is {reprlib.repr(found)}; give text")
+    image = part.image
+    if isinstance(image, str) or (image is None and isinstance(part, Query)):
+        return
+    path = os.fspath(image) if isinstance(image, os.PathLike) else None
+    if not isinstance(path, str):
+        raise TypeError(f"{type(part).__name__}: image is {reprlib.repr(image)}; give the path of a file")
+    object.__setattr__(part, "image", path)
 
 
 @dataclass(frozen=True)
@@ -91,10 +116,14 @@ class EditRecord:
 
 @dataclass(frozen=True)
 class LoadedRecords:
-    """The usable records in file order; ``skipped`` counts those of the file with an empty ``alt``."""
+    """The usable records in file order; ``skipped`` counts those of the file with an empty ``alt``.
+
+    ``stripped`` counts the fields of all usable ones whose blanks were put in order (:func:`load_records`).
+    """
 
     records: list[EditRecord]
     skipped: int
+    stripped: int = 0
 
 
 def load_records(
@@ -106,6 +135,9 @@ def load_records(
     so many usable records; the fields of every record are checked all the same, but only images of
     records that are kept are opened (each once), and none with ``check_images=False``.
 
+    Blanks and line breaks around questions and answers are taken off. Within an answer, which is one line, any run
+    of them becomes one blank; within a question they stay.
+
     Raises :class:`RecordError` for whatever is wrong inside the file or with an image, and
     :class:`OSError` when the file itself cannot be opened.
     """
@@ -115,7 +147,7 @@ def load_records(
     if check_images and not os.path.isdir(root):
         raise RecordError(f"image root {root} is not a folder; give the one that image paths start from")
 
-    records, skipped, complaints = [], 0, {}
+    records, skipped, stripped, complaints = [], 0, 0, {}
     for number, row in enumerate(rows):
         alt = row.get("alt") if isinstance(row, dict) else None
         if isinstance(alt, str) and not alt.strip():
@@ -123,6 +155,7 @@ def load_records(
             continue
         try:
             records.append(_record(number, row, root))
+            stripped += sum(row[name] != text for name, text in _texts(row).items())
         except RecordError as complaint:
             complaints[number] = complaint
     records = records[:limit]
@@ -130,8 +163,8 @@ def load_records(
         bad = {}
         for image in {record.edit.image for record in records}:
             try:
-                _check_image(image)
-            except RecordError as complaint:
+                check_image(image)
+            except PictureError as complaint:
                 bad[image] = complaint
         complaints |= {r.id: f'field "image": {bad[r.edit.image]}' for r in records if r.edit.image in bad}
 
@@ -140,17 +173,7 @@ def load_records(
         more = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         head = f"{path}: {len(lines)} of {len(rows)} records cannot be used (counted from 0):"
         raise RecordError("\n".join([head, *lines[:SHOWN], *more]))
-    return LoadedRecords(records, skipped)
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """The image upright (EXIF orientation applied), in RGB.
-
-    Raises :class:`OSError` when it cannot be read, :class:`PIL.Image.DecompressionBombError` above
-    ``MAX_PIXELS``.
-    """
-    with _open_header(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    return LoadedRecords(records, skipped, stripped)
 
 
 def split_validation(
@@ -214,54 +237,29 @@ def _record(number: int, row: object, root: str) -> EditRecord:
     meta = row.get("meta", {})
     if not isinstance(meta, dict):
         raise RecordError(f'field "meta": found {reprlib.repr(meta)}; make it an object or leave it out')
-    image = _inside(root, row["image"])
+    image, text = _image(root, row["image"]), _texts(row)
     return EditRecord(
         id=number,
-        edit=Edit(image, row["src"], row["alt"]),
-        rephrase=Query(row["rephrase"], image),
-        in_scope=Query(row["fg_gen_q"], image),
-        in_scope_answer=row["fg_gen_a"],
-        out_of_scope=Query(row["fg_loc_q"], image),
-        out_of_scope_answer=row["fg_loc_a"],
-        locality=Query(row["loc"]),
-        locality_answer=row["loc_ans"],
+        edit=Edit(image, text["src"], text["alt"]),
+        rephrase=Query(text["rephrase"], image),
+        in_scope=Query(text["fg_gen_q"], image),
+        in_scope_answer=text["fg_gen_a"],
+        out_of_scope=Query(text["fg_loc_q"], image),
+        out_of_scope_answer=text["fg_loc_a"],
+        locality=Query(text["loc"]),
+        locality_answer=text["loc_ans"],
         meta=meta,
     )
 
 
-def _inside(root: str, image: str) -> str:
-    """The absolute path of ``image``, links followed; it may not leave ``root`` by any of these ways."""
-    absolute = PureWindowsPath(image).anchor  # "/a" and "C:a" alike
-    climbs = os.path.normpath(image).split(os.sep)[0] == ".."
-    if not absolute and not climbs and "\0" not in image:
-        path = os.path.realpath(os.path.join(root, image))
-        if os.path.commonpath([root, path]) == root:
-            return path
-    fault = "is absolute" if absolute else 'leaves the image root, by ".." or a link'
-    raise RecordError(f'field "image": {image!r} {fault}; give a path relative to {root}, inside it')
+def _texts(row: dict) -> dict[str, str]:
+    """A record's questions and answers, their blanks in order."""
+    texts = {name: row[name].strip() for name in FIELDS if name != "image"}
+    return texts | {name: " ".join(row[name].split()) for name in ANSWERS}
 
 
-def _check_image(path: str) -> None:
-    """Raise :class:`RecordError` unless the file is sound; decode only where no cheaper check will do."""
-    if not os.path.isfile(path):
-        raise RecordError(f"no file {path}; fetch it, or give another image root")
+def _image(root: str, name: str) -> str:
     try:
-        with _open_header(path) as image, open(path, "rb") as file:
-            file.seek(-2, os.SEEK_END)
-            if image.format == "PNG":
-                image.verify()  # by its checksums
-            elif file.read() != b"\xff\xd9":  # verify() passes a JPEG cut short: look for its end mark
-                image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RecordError(f"{path} has more than {MAX_PIXELS:,} pixels; scale it down") from error
-    except Exception as error:  # decoders raise SyntaxError, struct.error, … on damaged files
-        kinds = "/".join(FORMATS)
-        raise RecordError(f"{path} is damaged or not {kinds} ({error}); fetch it again") from error
-
-
-def _open_header(path: str | Path) -> Image.Image:
-    image = Image.open(path, formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise Image.DecompressionBombError(f"{path} has more than {MAX_PIXELS:,} pixels")
-    return image
+        return inside(root, name)
+    except PictureError as complaint:
+        raise RecordError(f'field "image": {complaint}') from None

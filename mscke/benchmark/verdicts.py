@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mscke.benchmark.judge import Judge, Request, Task
+from mscke.benchmark.judge import Judge, NoReply, Request, Task
 from mscke.benchmark.vqa import Pair
 
 _EDIT = """An edit changes what a vision-language model knows about a picture: from now on, the right answer to
@@ -58,17 +58,19 @@ class Judged:
 
 def judge_pairs(
     judge: Judge, pairs: Sequence[Pair], images: Path, repeat: int = 200, seed: int = 0
-) -> tuple[list[Judged], dict[str, dict]]:
-    """Both stages: (the usable ones of ``pairs``, in order; the judge's agreement with itself, by stage).
+) -> tuple[list[Judged], dict[str, dict], list[dict]]:
+    """Both stages: (the usable ones of ``pairs``, in order; the judge's agreement with itself, by stage; the pairs
+    without a verdict, named by :func:`left_out`).
 
-    ``repeat`` questions of each stage are asked twice (:func:`agreement`). Pairs judged to be neither in
-    scope nor out of it, and those that the judge refuses, are left out.
+    ``repeat`` questions of each stage are asked twice (:func:`agreement`). Pairs judged to be neither in scope nor
+    out of it are not usable.
     """
     first = [_scope_request(pair, images) for pair in pairs]
     seen = judge.ask_all(first, "image and text")
     usable = [
         (pair, *found) for pair, reply in zip(pairs, seen, strict=True) if (found := _scope(pair, reply))
     ]
+    missing = left_out("image and text", pairs, seen)
     second = [_text_request(pair) for pair, *_ in usable]
     read = judge.ask_all(second, "text alone")
     judged = [
@@ -76,10 +78,23 @@ def judge_pairs(
         for (pair, scope, answer), reply in zip(usable, read, strict=True)
         if reply
     ]
-    return judged, {
+    missing += left_out("text alone", [pair for pair, *_ in usable], read)
+    agreed = {
         "image_and_text": agreement(judge, first, seen, repeat, seed),
         "text_alone": agreement(judge, second, read, repeat, seed),
     }
+    return judged, agreed, missing
+
+
+def left_out(stage: str, pairs: Sequence[Pair], replies: Sequence[dict | NoReply]) -> list[dict]:
+    """Which of ``pairs`` have no reply at this ``stage``, and why: "refused" or "unanswered"."""
+    return [
+        {
+            "stage": stage, "why": reply.value, "image": pair.edited.image,
+            "edit": pair.edited.id, "question": pair.candidate.id,
+        }
+        for pair, reply in zip(pairs, replies, strict=True) if not reply
+    ]  # fmt: skip
 
 
 def _scope_request(pair: Pair, images: Path) -> Request:
@@ -94,7 +109,7 @@ def _text_request(pair: Pair) -> Request:
     return Request(TEXT_SCOPE, {"edit": edit, "other": {"question": pair.candidate.question}})
 
 
-def _scope(pair: Pair, reply: dict | None) -> tuple[str, str] | None:
+def _scope(pair: Pair, reply: dict | NoReply) -> tuple[str, str] | None:
     """(scope, the candidate's answer after the edit), if there are both."""
     if not reply or reply["verdict"] == "neither":
         return None
@@ -116,7 +131,7 @@ def cohen_kappa(a: Sequence, b: Sequence) -> float:
 
 
 def agreement(
-    judge: Judge, requests: Sequence[Request], replies: Sequence[dict | None], n: int = 200, seed: int = 0
+    judge: Judge, requests: Sequence[Request], replies: Sequence[dict | NoReply], n: int = 200, seed: int = 0
 ) -> dict[str, float | None]:
     """Ask ``n`` of ``requests`` once more, their facts in the other order, and compare the verdicts.
 

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from mscke.benchmark import Benchmark, load_benchmark
+from mscke.checkpoint import code_of, read_kept
 from mscke.classifier import ScopeClassifier
 from mscke.config import Track, get_track
 from mscke.editors.base import Editor
@@ -27,6 +28,7 @@ from mscke.models.clip import ClipEncoder
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
+from mscke.models.room import check_records
 from mscke.models.sources import load_mllm, make_counterfactual
 from mscke.training import digest, train_counterfactual, write_whole
 from mscke.workers import in_processes, one_thread, processes
@@ -41,8 +43,13 @@ METHODS = ("FT-LLM", "IKE", "SERAC", "SERAC+fg", "MEND", "MSCKE", "MSCKE-MEND")
 
 
 def load_base(track: Track, backbone: str) -> MLLM:
-    """The frozen base model ``backbone`` of the track."""
-    return load_mllm(track, backbone, cache=track.features)
+    """The frozen base model ``backbone`` of the track.
+
+    Raises :class:`mscke.benchmark.sample.RecordError` for a record of the track that it has no room for.
+    """
+    base, bench = load_mllm(track, backbone, cache=track.features), load_benchmark(track)
+    check_records(base, [*bench.train, *bench.validation, *bench.test])
+    return base
 
 
 def clip_encoder(track: Track, clip: str | None = None) -> ClipEncoder:
@@ -122,10 +129,11 @@ def ike_choices(track: Track, bench: Benchmark, backbone: str | MLLM) -> pd.Data
     """How IKE does on validation records by its number k of demonstrations, in shares; measured once."""
     base = load_base(track, backbone) if isinstance(backbone, str) else backbone
     held = bench.validation[: track.ike_records]
-    made_of = f"{fingerprint(base.model)[:8]}-{digest([*bench.train, *held])[:8]}"
+    code = code_of("mscke.editors.ike", "mscke.benchmark.answers")
+    made_of = f"{fingerprint(base.model)[:8]}-{digest([*bench.train, *held])[:8]}-{code}"
     path = track.outputs / "trained" / f"ike-{base.name}-{made_of}" / "validation.csv"
     with processes().main_process_first():
-        if not path.exists():
+        if read_kept(path, pd.read_csv) is None:
             _, table = choose_k(base, bench.train, MiniLMEncoder(track.features), held)
             write_whole(path, lambda p: table.to_csv(p, index=False))
     return pd.read_csv(path)

@@ -17,6 +17,7 @@ import torch
 
 from mscke.benchmark import load_benchmark
 from mscke.benchmark.sample import EditRecord, Query
+from mscke.checkpoint import published
 from mscke.classifier import ScopeClassifier
 from mscke.config import Track
 from mscke.editors.serac import MiniLMEncoder
@@ -157,5 +158,4 @@ def _train(track: Track, spec: Spec) -> None:
 
 
 def _finished(spec: Spec, track: Track) -> bool:
-    curve = spec.folder(track) / "curve.csv"
-    return curve.exists() and len(pd.read_csv(curve)) == recipe(track, spec)["epochs"]
+    return published(spec.folder(track)) == recipe(track, spec)["epochs"]

@@ -19,11 +19,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mscke.benchmark.answers import normalise_answer
 from mscke.benchmark.sample import EditRecord, Query
 from mscke.editors.serac import MiniLMEncoder
-from mscke.models.decoding import NEW_TOKENS, Forced, by_length, generate, normalise_answer, teacher_force
+from mscke.memory import EditMemory
+from mscke.models.decoding import Forced, by_length, generate, teacher_force
 from mscke.models.mllm import MLLM
-from mscke.models.prompts import IN_CONTEXT, TEMPLATE
+from mscke.models.prompts import IN_CONTEXT, TEMPLATE, TooLong
 from mscke.training import IN_ROLES, ROLES
 
 # What the nearest demonstration asks, the second nearest, …: IKE's 1 copy : 3 updates : 4 retained
@@ -45,9 +47,8 @@ def largest_k(base: MLLM, records: Sequence[EditRecord]) -> int:
     The edit with its question and answer takes at most the place of one more.
     """
     texts = [demonstration(record, role) for record in records for role in ROLES]
-    longest = max(map(len, base.tokenizer(texts, add_special_tokens=False)["input_ids"]))
-    limit = base.model.config.text_config.max_position_embeddings
-    return max(0, (limit - base.encoder.prefix_length(True) - NEW_TOKENS) // longest - 1)
+    encoder, longest = base.encoder, max(map(len, base.encoder.text_ids(texts)))
+    return max(0, (encoder.positions - encoder.prefix_length(True) - encoder.reserve) // longest - 1)
 
 
 class InContextModel:
@@ -59,16 +60,15 @@ class InContextModel:
     def prompts(self, queries: Sequence[Query], among: Tensor | None = None) -> list[list[int]]:
         """Token ids of (B) conditioned prompts; without ``among`` the edit whose text is nearest is told.
 
-        Raises ValueError for a prompt that the model has not the positions for.
+        Raises :class:`TooLong` for a prompt that the model has not the positions for.
         """
         if not self.contexts:
             return self.base.prompts(queries)
         rows = self.nearest(queries) if among is None else among
-        prompts = self.base.prompts(queries, [self.contexts[i] for i in rows.tolist()])
-        limit = self.base.model.config.text_config.max_position_embeddings - NEW_TOKENS
-        if (longest := max(map(len, prompts), default=0)) > limit:
-            raise ValueError(f"a prompt of {longest} tokens exceeds {limit}: lower k (see largest_k)")
-        return prompts
+        try:
+            return self.base.prompts(queries, [self.contexts[i] for i in rows.tolist()])
+        except TooLong as error:
+            raise TooLong(f"{error}, or lower k (see largest_k)") from None
 
     def _size(self, prompts: list[list[int]]) -> int:
         """How many prompts a batch has: they are long."""
@@ -128,10 +128,12 @@ class IKE:
         return "".join(reversed(cases)) + IN_CONTEXT.format(record.edit.prompt, record.edit.answer)
 
     def edit(self, records: Sequence[EditRecord]) -> InContextModel:
-        """Write the context of each record's edit; the base model stays as it is."""
-        found, edits = self.neighbours(records).tolist(), self._embed(records)
+        """Write the context of each record's edit; the base model stays as it is. Of one fact the last edit is told."""
+        found, memory = self.neighbours(records).tolist(), EditMemory(self.encoder.dim)
         contexts = [self.context(record, rows) for record, rows in zip(records, found, strict=True)]
-        return InContextModel(self.base, contexts, lambda q: (self.encoder(q).text @ edits.T).argmax(1))
+        memory.add([r.edit for r in records], self._embed(records))
+        ids, edits = memory.ids, memory.embeddings
+        return InContextModel(self.base, contexts, lambda q: ids[(self.encoder(q).text @ edits.T).argmax(1)])
 
 
 def choose_k(
@@ -147,14 +149,15 @@ def choose_k(
     and Specificity. A k that does not fit becomes :func:`largest_k`.
     """
     queries = [r.queries[role] for r in validation for role in ROLES]
-    gold = [normalise_answer(r.answers[role]) for r in validation for role in ROLES]
+    gold = [r.answers[role] for r in validation for role in ROLES]
     changes = IN_ROLES * len(validation)
     expected = [g if c else b for g, b, c in zip(gold, base.answer(queries), changes, strict=True)]
     among, rows = torch.arange(len(validation)).repeat_interleave(len(ROLES)), []
     limit = largest_k(base, demonstrations)
     for k in sorted({min(k, limit) for k in ks}):
         answers = IKE(base, demonstrations, encoder, k).edit(validation).answer(queries, among)
-        right = torch.tensor([a == e for a, e in zip(answers, expected, strict=True)])
+        pairs = zip(map(normalise_answer, answers), map(normalise_answer, expected), strict=True)
+        right = torch.tensor([a == e for a, e in pairs])
         share = dict(zip(ROLES, right.float().view(-1, len(ROLES)).mean(0).tolist(), strict=True))
         specificity = (share["in_scope"] + share["out_of_scope"]) / 2
         score = (share["reliability"] + share["generality"] + share["locality"] + specificity) / 4

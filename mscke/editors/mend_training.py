@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mscke.benchmark.answers import normalise_answer
 from mscke.benchmark.sample import EditRecord
 from mscke.checkpoint import code_of
 from mscke.editors.deltas import Reading, applied, read
 from mscke.editors.mend import MEND
 from mscke.fit import fit
-from mscke.models.decoding import normalise_answer
 from mscke.models.features import fingerprint
 from mscke.training import IN_ROLES, ROLES, digest, held_loss, of_rows, tokens
 
@@ -77,7 +77,8 @@ def train_mend(
         rows = [(r.queries[role], r.edit, r.answers[role]) for r in validation for role in ROLES]
         queries, edits, gold = map(list, zip(*rows, strict=True))
         rows = zip(mend.answer(queries, edits), gold, mend.base.answer(queries), strict=True)
-        same = torch.tensor([(a == normalise_answer(g), a == b) for a, g, b in rows]).float()
+        forms = (tuple(map(normalise_answer, row)) for row in rows)
+        same = torch.tensor([(a == g, a == b) for a, g, b in forms]).float()
         right = torch.where(torch.tensor(IN_ROLES), *same.view(-1, len(ROLES), 2).mean(0).unbind(-1))
         return {f"right_{r}": float(v) for r, v in zip(ROLES, right, strict=True)}
 

@@ -58,9 +58,13 @@ class MSCKE:
         self.name, self.threshold = name, threshold
 
     def edit(self, records: Sequence[EditRecord]) -> RoutedModel:
-        """Write the records' edits into a fresh memory; edit k gets id k."""
+        """Write the records' edits into a fresh memory; edit k gets id k. Of one fact the last edit answers, but
+        where a query is asked ``among`` one edit alone.
+
+        Raises :class:`mscke.models.prompts.TooLong` for an edit that the classifier's CLIP would cut.
+        """
         edits = [r.edit for r in records]
-        memory = EditMemory(self.classifier.dim)  # in RAM and of this classifier: no other meets it
+        memory = EditMemory.of(self.classifier)
         if edits:
             prompts = [Query(e.prompt, e.image) for e in edits]
             memory.add(edits, self.classifier.embed(prompts, [e.answer for e in edits]))

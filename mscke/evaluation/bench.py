@@ -24,13 +24,14 @@ from torch import Tensor
 
 from mscke.benchmark import Benchmark, load_benchmark
 from mscke.benchmark.sample import EditRecord
+from mscke.checkpoint import read_kept
 from mscke.classifier import ScopeClassifier
 from mscke.config import Track, get_track
 from mscke.editors import build
 from mscke.editors.finetune import FineTune
 from mscke.editors.mscke import MSCKE
 from mscke.evaluation import bench_memory
-from mscke.evaluation.bench_timing import alike, compare, encoding
+from mscke.evaluation.bench_timing import alike, compare, encoding, many
 from mscke.evaluation.protocol import evaluate
 from mscke.evaluation.run import made_of
 from mscke.memory import EditMemory
@@ -50,7 +51,7 @@ def memory_of(classifier: ScopeClassifier, records: Sequence[EditRecord], n: int
     """A memory of n edits: those of ``records``, and beyond them embeddings :func:`alike`."""
     queries, answers = [r.queries["reliability"] for r in records], [r.edit.answer for r in records]
     memory, edits = EditMemory(classifier.dim), [r.edit for r in records]
-    memory.add((edits * -(-n // len(edits)))[:n], alike(classifier.embed(queries, answers), n))
+    memory.add(many(edits, n), alike(classifier.embed(queries, answers), n))
     return memory
 
 
@@ -181,9 +182,9 @@ def measured(track: Track, bench: Benchmark, part: str, again: bool = False) -> 
     Measured once with this code, so that a notebook that is run again times nothing, unless ``again``.
     """
     kept = {name: track.outputs / "rows" / made_of(track) / f"bench-{name}.csv" for name in PARTS}
-    if again or not kept[part].exists():
+    if again or read_kept(kept[part], pd.read_csv) is None:
         _write(PARTS[part](track, bench), kept[part])
-    there = [pd.read_csv(path) for path in kept.values() if path.exists()]
+    there = [read_kept(path, pd.read_csv) for path in kept.values()]
     _write(pd.concat(there), track.figures / "tables" / "bench.csv")
     return pd.read_csv(kept[part])
 

@@ -1,7 +1,7 @@
 """The edit memory from one edit to a million, as rows of ``bench.csv``.
 
 * ``memory_route``: seconds to route one query, its embedding and the search, against its embedding alone.
-  The search is exact up to :data:`mscke.search.EXACT` edits, beyond them by codes; ``memory_route_exact`` is
+  The search is exact up to :data:`mscke.storage.search.EXACT` edits, beyond them by codes; ``memory_route_exact`` is
   the last size against exact search among as many;
 * ``memory_bandwidth``: the bytes of the matrix that an exact search of one query gets through in a second,
   against those that summing it does;
@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from mscke.benchmark.sample import Edit, EditRecord
 from mscke.classifier import ScopeClassifier
-from mscke.evaluation.bench_timing import alike, compare, encoding
+from mscke.evaluation.bench_timing import alike, compare, encoding, many
 from mscke.evaluation.cost import in_turns
 from mscke.memory import EditMemory
-from mscke.search import EXACT, Codes
+from mscke.storage.search import EXACT, Codes
 
 SIZES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 IN_SCOPE = ("reliability", "generality", "in_scope")
@@ -62,11 +62,6 @@ def rows(
         *routing(embed, memory, exact=True),
         *recall(classifier, memory, records[:ASKED]),
     ]  # fmt: skip
-
-
-def many(edits: Sequence[Edit], n: int) -> list[Edit]:
-    """n edits: these, over and over."""
-    return (list(edits) * -(-n // len(edits)))[:n]
 
 
 def routing(embed: Callable[[int], Tensor], memory: EditMemory, exact: bool = False) -> list[dict]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import cycle, islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mscke.benchmark.sample import Query, open_image
+from mscke.benchmark.pictures import open_image
+from mscke.benchmark.sample import Edit, Query
 from mscke.classifier import ScopeClassifier
 from mscke.evaluation.cost import in_turns
 from mscke.models.clip import side_texts
@@ -55,6 +58,12 @@ def encoding(
         return classifier(encoder(queries[:n], answers and answers[:n]))
 
     return embed
+
+
+def many(edits: Sequence[Edit], n: int) -> list[Edit]:
+    """n edits: these, then again with their prompts numbered, for a memory keeps no fact twice."""
+    some = enumerate(islice(cycle(edits), n))
+    return [replace(e, prompt=f"{e.prompt} ({i})") if i >= len(edits) else e for i, e in some]
 
 
 def alike(real: Tensor, n: int, seed: int = 0) -> Tensor:

@@ -10,10 +10,10 @@ the tokens. Peak memory has a module of its own, :mod:`mscke.evaluation.peak`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 import pandas as pd
@@ -152,19 +152,19 @@ def in_turns(
     The first round warms up and does not count. Rounds end after ``repeats``, or when ``budget`` seconds
     are spent; R is at least 1, and where not even a second round fits, the first is what there is.
     """
-    start, rounds = time.perf_counter(), []
-    while len(rounds) <= repeats and (not rounds or time.perf_counter() - start < budget):
+    start, rounds = perf_counter(), []
+    while len(rounds) <= repeats and (not rounds or perf_counter() - start < budget):
         rounds.append([_seconds(call) for call in calls.values()])
     taken = np.array(rounds[1:] or rounds)
     return dict(zip(calls, taken.T, strict=True))
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = perf_counter()
     call()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return perf_counter() - start
 
 
 @torch.inference_mode()

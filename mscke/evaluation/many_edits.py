@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mscke.benchmark import load_benchmark
 from mscke.benchmark.sample import EditRecord
+from mscke.checkpoint import read_kept
 from mscke.config import get_track
 from mscke.editors import build
 from mscke.editors.mscke import MSCKE, own_edits
@@ -85,8 +86,8 @@ def _captured(editor: MSCKE, base: MLLM, records: Sequence[EditRecord], pairs: p
 
 def _route(editor: MSCKE, records: Sequence[EditRecord], sizes: Iterable[int], seed: int) -> pd.DataFrame:
     """Who wins each query at each size, and by what score."""
-    model, n_roles = editor.edit(records), len(ROLES)
-    classifier, matrix = model.router.classifier, model.router.memory.embeddings
+    classifier, n_roles = editor.classifier, len(ROLES)
+    matrix = classifier.embed([r.queries["reliability"] for r in records], [r.edit.answer for r in records])
     z = classifier.embed([r.queries[role] for r in records for role in ROLES])
     z = z.unflatten(0, (len(records), n_roles))
     own = classifier.score((matrix.unsqueeze(1) - z).square().sum(-1)).numpy()  # (R, 5)
@@ -162,7 +163,7 @@ def run_sizes(track_name: str, backbone: str, method: str, sizes: Sequence[int],
     track = get_track(track_name)
     name = "-".join(map(str, [method, *sizes]))
     path = track.outputs / "rows" / key / backbone / f"{name}.parquet"
-    if not path.exists():
+    if read_kept(path, pd.read_parquet) is None:
         bench, base = load_benchmark(track), build.load_base(track, backbone)
         editor = build.editor(track, bench, base, method)
         if isinstance(editor, MSCKE):

@@ -1,17 +1,19 @@
 """The paper's metrics (§5), in two protocols. Every value is a share in [0, 1], one per record.
 
-``generated`` — our headline: the greedy answer, normalised, must match exactly; unchanged means the
-same generated answer as before the edit. ``teacher_forced`` — the paper's: arg-max of each answer token
-given the gold ones before it; unchanged means the same top-k token ids, rank by rank, at every position.
+``generated`` — our headline: the greedy answer must be the expected one, as the field compares answers
+(:mod:`mscke.benchmark.answers`); unchanged means the same generated answer as before the edit. The strict
+comparison stands beside it. ``teacher_forced`` — the paper's: arg-max of each answer token given the gold ones
+before it; unchanged means the same top-k token ids, rank by rank, at every position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mscke.models.decoding import Forced, normalise_answer
+from mscke.benchmark.answers import normalise_answer, strict_answer
+from mscke.models.decoding import Forced
 
 ROLES = ("reliability", "generality", "in_scope", "out_of_scope", "locality")
 METRICS = dict(zip(ROLES, ("reliability", "generality", "m_in", "m_out", "locality"), strict=True))
@@ -20,9 +22,19 @@ TOP_K = {"out_of_scope": 10, "locality": 1}
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> np.ndarray:
-    """1.0 where the normalised answers agree: float (B,)."""
-    pairs = zip(answers, expected, strict=True)
-    return np.array([float(normalise_answer(a) == normalise_answer(e)) for a, e in pairs])
+    """1.0 where two answers are the same, as the field compares them: float (B,)."""
+    return _agree(normalise_answer, answers, expected)
+
+
+def strict_match(answers: Sequence[str], expected: Sequence[str]) -> np.ndarray:
+    """1.0 where two answers are the same to the letter, but for case, blanks and a closing stop: float (B,).
+
+    Never above :func:`exact_match`."""
+    return _agree(strict_answer, answers, expected)
+
+
+def _agree(form: Callable[[str], str], answers: Sequence[str], expected: Sequence[str]) -> np.ndarray:
+    return np.array([float(form(a) == form(e)) for a, e in zip(answers, expected, strict=True)])
 
 
 def token_accuracy(forced: Forced) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from mscke.benchmark import EditRecord, load_benchmark
+from mscke.benchmark import Edit, EditRecord, load_benchmark
 from mscke.classifier import ScopeClassifier
 from mscke.config import Track, get_track
 from mscke.editors.grid import load_clip
@@ -69,7 +69,8 @@ def _loaded(
         classifier = ScopeClassifier(track.clip, encoder=load_clip(track, track.clip)).eval()
         classifier.to(device_of(track))
         memory = EditMemory(classifier.dim)
-        memory.add([None] * N_EDITS, torch.randn(N_EDITS, classifier.dim))
+        edits = [Edit("", str(i), "") for i in range(N_EDITS)]
+        memory.add(edits, torch.randn(N_EDITS, classifier.dim))
         return lambda records: scope_components(classifier, memory, [r.in_scope for r in records])
     if part == "base model":
         base = load_mllm(track, backbone)
@@ -89,5 +90,5 @@ def held(field: str) -> int:
     if not status.exists():  # macOS, in bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # on Linux ru_maxrss starts at what the parent held, so that a child of a large process shows nothing
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(field))
     return 1024 * int(line.split()[1])

@@ -19,14 +19,16 @@ from mscke.evaluation.metrics import (
     ROLES,
     TOP_K,
     exact_match,
+    strict_match,
     token_accuracy,
     unchanged_share,
 )
 from mscke.models.decoding import Forced, in_batches, said
 from mscke.models.mllm import MLLM
+from mscke.models.room import check_records
 from mscke.workers import processes
 
-COLUMNS = "track backbone method protocol record metric value question expected answer".split()
+COLUMNS = "track backbone method protocol record metric value strict question expected answer".split()
 
 
 def evaluate(
@@ -34,10 +36,14 @@ def evaluate(
 ) -> pd.DataFrame:
     """Edit, ask, score. One row a record, metric and protocol.
 
-    Columns: track, backbone, method, protocol, record, metric, value in [0, 1], question, expected
-    (the corrected answer, or the one before the edit), answer. Each record is edited alone, as in the
-    paper, unless ``together`` puts all of them in force at once.
+    Columns: track, backbone, method, protocol, record, metric, value in [0, 1], strict (the value where answers
+    are compared to the letter; of teacher forcing, which compares token ids, the same value), question, expected
+    (the corrected answer, or the one before the edit), answer (as said, in lower case). Each record is edited
+    alone, as in the paper, unless ``together`` puts all of them in force at once.
+
+    Raises :class:`mscke.benchmark.sample.RecordError` for a record that ``base`` has no room for.
     """
+    check_records(base, records)
     model = editor.edit(records)
     among = None if together else torch.arange(len(records)).repeat_interleave(len(ROLES))
     return named(ask(model, base, records, among), track, base.name, editor.name)
@@ -103,8 +109,8 @@ def generated(
     after: Sequence[Forced] = (),
     before: Sequence[Forced] = (),
 ) -> pd.DataFrame:
-    """Greedy answers, exact match; unchanged = the base model's own answer. ``after``, ``before``: if there are any,
-    the gold answers' predictions by the model, and by the base model for what must stay."""
+    """Greedy answers, compared as the field does; unchanged = the base model's own answer. ``after``, ``before``: if
+    there are any, the gold answers' predictions by the model, and by the base model for what must stay."""
     queries, gold, frame = _queries(records)
     stays = ~frame["role"].isin(CHANGES)
     kept = np.flatnonzero(stays)
@@ -113,6 +119,7 @@ def generated(
     frame.loc[stays, "expected"] = own
     frame["answer"] = _greedy(model.answer, base, queries, gold, after, among)
     frame["value"] = exact_match(frame["answer"], frame["expected"])
+    frame["strict"] = strict_match(frame["answer"], frame["expected"])
     return _named(frame)
 
 
@@ -162,8 +169,7 @@ def teacher_forced(
         if role not in CHANGES:
             prefix = base.encoder.prefix_length(queries[i].image is not None)
             values[i] = unchanged_share(next(own), after[i], TOP_K[role], prefix)
-    frame["expected"], frame["answer"], frame["value"] = gold, "", values
-    return _named(frame)
+    return _named(frame.assign(expected=gold, answer="", value=values, strict=values))
 
 
 PROTOCOLS = {"generated": generated, "teacher_forced": teacher_forced}

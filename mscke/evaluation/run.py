@@ -14,6 +14,7 @@ import pandas as pd
 
 from mscke.benchmark import Benchmark, load_benchmark
 from mscke.benchmark.sample import EditRecord
+from mscke.checkpoint import read_kept
 from mscke.config import ASSETS, ROOT, Track, get_track
 from mscke.editors import build
 from mscke.evaluation.outcomes import Outcomes, ask_all, own_scores
@@ -104,12 +105,13 @@ def rows_folder(track: Track, base: MLLM, key: str) -> Path:
 
 
 def _kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    if not path.exists():
+    if (rows := read_kept(path, pd.read_parquet)) is None:
         rows = make()
         if processes().is_main_process:
             save_rows(rows, path)
         processes().wait_for_everyone()
-    return pd.read_parquet(path)
+        rows = pd.read_parquet(path)
+    return rows
 
 
 def run_track(track: Track) -> pd.DataFrame:

@@ -11,14 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import open_clip
+import regex as re
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import text_global_pool
 from torch import Tensor
 
-from mscke.benchmark.sample import Query, open_image
+from mscke.benchmark.pictures import open_image
+from mscke.benchmark.sample import Query
 from mscke.models.attention import patch_cosine
 from mscke.models.features import FeatureTable, ImageTable, fingerprint
+from mscke.models.room import Room
 
 WORDS = 32  # of a text, that are kept: those of a real CLIP have room for 77
 
@@ -81,6 +84,9 @@ class ClipEncoder:
     ``name`` is anything ``open_clip.create_model`` takes: ``"ViT-L-14"`` with ``pretrained="openai"``,
     or ``"local-dir:<folder>"``. ``cache``: a folder in which the features survive the process. ``half``:
     images' features are kept in float16 and pairs read them where they lie, without a copy of their own.
+
+    A CLIP reads so many tokens of a text and no more. A question that is cut is told of in a warning and counted
+    (``room.cut``); an edit that would be cut is refused, for its answer stands last.
     """
 
     def __init__(
@@ -90,14 +96,15 @@ class ClipEncoder:
         model = open_clip.create_model(name, pretrained, device=self.device)
         self.model = model.eval().requires_grad_(False)
         self.model.visual.output_tokens = True
-        self.tokenizer = open_clip.get_tokenizer(name)
+        self.tokenizer = text_only(open_clip.get_tokenizer(name))
+        self.room = Room(f"CLIP {Path(name).name}", self.tokenizer.context_length, self._lengths)
         picture = PreprocessCfg(**self.model.visual.preprocess_cfg)
         self.preprocess = image_transform_v2(picture, is_train=False)
         self.patch_dim, self.dim = self.model.visual.proj.shape
         self.text_dim, self.word_dim = self.dim, self.model.token_embedding.embedding_dim
         key = fingerprint(self.model)
         kept = {"dtype": torch.float16} if half else {}
-        texts, images = (f"clip-{kind}-{key}{'-half' * half}.safetensors" for kind in ("words", "image"))
+        texts, images = (f"clip-{kind}-{key}{'-half' * half}.safetensors" for kind in ("text", "image"))
         self.texts = FeatureTable(self._encode_texts, cache and cache / texts, **kept)
         self.images = ImageTable(self._encode_images, cache and cache / images, **kept)
 
@@ -114,6 +121,12 @@ class ClipEncoder:
         words = found["text_intermediates"][0] * (place <= end.unsqueeze(1))
         return found["text_features"], words[:, :WORDS]
 
+    def _lengths(self, texts: list[str]) -> list[int]:
+        """How many tokens they have, begin and end included, if nothing is cut."""
+        if (words := getattr(self.tokenizer, "tokenizer", None)) is None:
+            return [len(self.tokenizer.encode(text)) + 2 for text in texts]
+        return [len(ids) for ids in words([self.tokenizer.clean_fn(text) for text in texts])["input_ids"]]
+
     def _encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         return self.read(self.tokenizer(texts).to(self.device))
 
@@ -123,8 +136,12 @@ class ClipEncoder:
 
     @torch.no_grad()
     def __call__(self, queries: Sequence[Query], answers: Sequence[str] | None = None) -> Features:
-        """Encode (B) queries; ``answers`` are appended to the text on the edit side."""
+        """Encode (B) queries; ``answers`` are appended to the text on the edit side.
+
+        Raises :class:`mscke.models.prompts.TooLong` for an edit that would be cut.
+        """
         texts = side_texts(queries, answers)
+        self.room.check(texts, stored=answers is not None)
         paths = list(dict.fromkeys(q.image for q in queries if q.image is not None))
         said = self.texts(texts)
         embeddings, words = self.texts.columns
@@ -146,6 +163,19 @@ class ClipEncoder:
         """Cosine of each text with its image's patches."""
         f = f.to(self.device)
         return patch_cosine(f.text, f.tokens @ self.model.visual.proj, f.image).cpu()
+
+
+def text_only(tokenizer):
+    """One of open_clip's tokenizers, from now on blind to its control tokens in what it is given."""
+    if (
+        words := getattr(tokenizer, "tokenizer", None)
+    ) is not None:  # a tokenizer of transformers in open_clip's coat
+        words.split_special_tokens = True
+    else:  # OpenAI's: its pattern begins with them
+        marks = "|".join(tokenizer.decoder[i] for i in tokenizer.all_special_ids) + "|"
+        pattern = tokenizer.pat.pattern.removeprefix(marks)
+        tokenizer.pat = re.compile(pattern, tokenizer.pat.flags)
+    return tokenizer
 
 
 def side_texts(queries: Sequence[Query], answers: Sequence[str] | None) -> list[str]:

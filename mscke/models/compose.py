@@ -118,7 +118,7 @@ def seeing_shards(index: Path) -> list[str]:
 def read_index(path: Path) -> dict[str, str]:
     """The file that holds each tensor, by the tensor's name. Raises ValueError if it cannot be read."""
     try:
-        return json.loads(path.read_text())["weight_map"]
+        return json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not an index of shards, or cut off; fetch it again ({error!r})") from None
 

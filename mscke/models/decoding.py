@@ -9,14 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mscke.benchmark.answers import strict_answer
 from mscke.models.prompts import PromptEncoder, embed
 
 NEW_TOKENS = 6  # at most, of an answer
-
-
-def normalise_answer(text: str) -> str:
-    """Case, surrounding space and closing stop do not matter; all else does (exact match)."""
-    return " ".join(text.lower().split()).rstrip(". ")
 
 
 @torch.inference_mode()
@@ -40,9 +36,9 @@ def generate(
 
 
 def said(encoder: PromptEncoder, tokens: Tensor | list[list[int]]) -> list[str]:
-    """Answers (B) of these token ids, up to where one stops."""
+    """Answers (B) of these token ids, up to where one stops: as said, but in lower case and without a closing stop."""
     texts = encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return [normalise_answer(text.split(encoder.stop)[0]) for text in texts]
+    return [strict_answer(text.split(encoder.stop)[0]) for text in texts]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerBase
 
-from mscke.benchmark.sample import Query, open_image
-from mscke.models.decoding import Forced, by_length, generate, teacher_force
+from mscke.benchmark.pictures import open_image
+from mscke.benchmark.sample import Query
+from mscke.models.decoding import NEW_TOKENS, Forced, by_length, generate, teacher_force
 from mscke.models.features import ImageTable, fingerprint
 from mscke.models.prompts import FORMATS, IMAGE_TOKEN, PromptEncoder
 
@@ -54,8 +55,9 @@ class MLLM:
         batch_size: int = 128,
     ):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
-        prompt = FORMATS[model.config.text_config.model_type]
-        self.encoder = PromptEncoder(tokenizer, prompt, model.config.num_query_tokens)
+        text, visual = model.config.text_config, model.config.num_query_tokens
+        room = (text.max_position_embeddings, NEW_TOKENS)
+        self.encoder = PromptEncoder(tokenizer, FORMATS[text.model_type], visual, *room)
         if model.config.image_token_index not in (None, self.encoder.image_id):
             raise ValueError(
                 f"{name}: {IMAGE_TOKEN} is token {model.config.image_token_index} in the model's config but "
@@ -116,6 +118,10 @@ class MLLM:
             return self.model.language_projection(self.features(paths).to(weight.device, weight.dtype))
 
     def prompts(self, queries: Sequence[Query], contexts: Sequence[str] | None = None) -> list[list[int]]:
+        """Token ids of (B) questions, each after its context if there are any.
+
+        Raises :class:`mscke.models.prompts.TooLong`, naming the question, if the model has no room for one.
+        """
         contexts = contexts or [""] * len(queries)
         return [
             self.encoder.prompt(q.question, q.image is not None, c)
@@ -123,7 +129,7 @@ class MLLM:
         ]
 
     def answer(self, queries: Sequence[Query], batch_size: int | None = None) -> list[str]:
-        """Greedy answers to (B) queries, normalised for exact match."""
+        """Greedy answers to (B) queries, in lower case and without a closing stop."""
         new = [q for q in dict.fromkeys(queries) if q not in self._answers]
         prompts = self.prompts(new)
 

@@ -93,10 +93,20 @@ def eight_bit(config) -> BitsAndBytesConfig:
 
 
 def make_counterfactual(track: Track, base: MLLM) -> CounterfactualModel:
-    """The counterfactual model beside ``base`` before training: pretrained where the track has a source."""
+    """The counterfactual model beside ``base`` before training: pretrained where the track has a source.
+
+    Raises ValueError if that has fewer positions than ``base``.
+    """
     source = track.counterfactuals.get(base.name, "")
     if source.startswith("last:"):
         return LastLayers(base, int(source.removeprefix("last:")))
     if source:
-        return CounterfactualModel.pretrained(base, find(track, source))
+        model = CounterfactualModel.pretrained(base, find(track, source))
+        positions = model.language_model.config.max_position_embeddings
+        if positions < base.encoder.positions:
+            raise ValueError(
+                f"{source} has {positions:,} positions and {base.name}, whose questions it answers with an edit "
+                f"before them, {base.encoder.positions:,}: take one with as many"
+            )
+        return model
     return CounterfactualModel.beside(base)

@@ -23,7 +23,8 @@ from torch import nn
 
 from mscke.benchmark.fetch import FILES, MINIGPT4_NAMES
 from mscke.benchmark.generate import generate
-from mscke.benchmark.sample import FIELDS, open_image
+from mscke.benchmark.pictures import open_image
+from mscke.benchmark.sample import FIELDS
 from mscke.config import Track, get_track
 from mscke.models.prompts import IMAGE_TOKEN, IN_CONTEXT, TEMPLATE
 
@@ -140,7 +141,7 @@ def write_clip(folder: Path, patch: int) -> None:
     model = {"embed_dim": WIDTH, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
     config = {"model_cfg": model, "preprocess_cfg": {"interpolation": "bicubic", "resize_mode": "shortest"}}
     folder.mkdir(parents=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     torch.manual_seed(patch)
     weights = open_clip.create_model(f"local-dir:{folder}", load_weights=False).state_dict()
     save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
@@ -154,7 +155,10 @@ def write_data(folder: Path, sizes: dict[str, int]) -> list[str]:
     texts = []
     with TemporaryDirectory() as scratch:
         for split, size in sizes.items():
-            rows, coco = json.loads(generate(Path(scratch), split, size).read_text()), FOLDERS[split]
+            rows, coco = (
+                json.loads(generate(Path(scratch), split, size).read_text(encoding="utf-8")),
+                FOLDERS[split],
+            )
             for number, row in enumerate(rows):
                 with Image.new("RGB", (128, 96), "grey") as wide:
                     wide.paste(open_image(Path(scratch) / row["image"]), (16, 0))
@@ -163,7 +167,7 @@ def write_data(folder: Path, sizes: dict[str, int]) -> list[str]:
                     wide.save(folder / row["image"], quality=90)
             rows = [{name: row[name] for name in FIELDS} for row in rows]
             texts += [text for row in rows for text in row.values()]
-            (folder / FILES[split]).write_text(json.dumps([rows[0] | {"alt": ""}, *rows]))
+            (folder / FILES[split]).write_text(json.dumps([rows[0] | {"alt": ""}, *rows]), encoding="utf-8")
     with zipfile.ZipFile(folder / "val2014.zip", "w") as archive:
         for path in sorted((folder / "val2014").iterdir()):
             archive.write(path, f"val2014/{path.name}")

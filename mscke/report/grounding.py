@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mscke.benchmark.sample import EditRecord, open_image
+from mscke.benchmark.pictures import open_image
+from mscke.benchmark.sample import EditRecord
 from mscke.evaluation.metrics import ROLES
 from mscke.evaluation.outcomes import COLUMNS
 from mscke.report.tables import bootstrap

@@ -77,9 +77,7 @@ class Picture:
             handles=marks, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, fontsize=7.5
         )
         self.title = self.figure.suptitle("ρ")  # any text, to keep its room
-        frames = [
-            part for ax in self.middle for part in (ax.yaxis, ax.set_title("ρ"), *ax.spines.values())
-        ]
+        frames = [part for ax in self.middle for part in (ax.yaxis, ax.set_title("ρ"), *ax.spines.values())]
         self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")
 

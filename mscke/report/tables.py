@@ -98,6 +98,19 @@ def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
     return ours.merge(theirs, on=["reported_backbone", "method", "metric"], how="left")
 
 
+def beside_strict(rows: pd.DataFrame) -> pd.DataFrame:
+    """What the comparison of generated answers decides: the field's and the strict one, and their difference.
+
+    ``rows`` as :func:`summarise` takes them, and ``strict`` in [0, 1]. Columns: backbone, method, metric, field,
+    strict, difference, in per cent.
+    """
+    told, keys = rows[rows["protocol"] == "generated"], ["backbone", "method", "metric"]
+    field, strict = (
+        summarise(told.assign(value=told[name])).set_index(keys)["value"] for name in ("value", "strict")
+    )
+    return pd.DataFrame({"field": field, "strict": strict, "difference": field - strict}).reset_index()
+
+
 def write_table(
     frame: pd.DataFrame,
     stem: str,

@@ -135,8 +135,8 @@ def run_card() -> None:
     for path in sorted(WORK.glob("*.csv")):
         shutil.copy(path, ASSETS / "curves" / path.name)
     measured = card.measure(ASSETS)
-    (ASSETS / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
-    (ASSETS / "README.md").write_text(card.render(measured, ASSETS / "curves"))
+    (ASSETS / "measured.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    (ASSETS / "README.md").write_text(card.render(measured, ASSETS / "curves"), encoding="utf-8")
 
 
 RUN = {

@@ -62,7 +62,7 @@ def write_config(folder: Path, name: str) -> None:
         },
         "preprocess_cfg": {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic"},
     }  # fmt: skip
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", eos)]
     )

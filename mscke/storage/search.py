@@ -45,6 +45,19 @@ def squared_lengths(embeddings: Tensor) -> Tensor:
     return torch.cat([part.square().sum(-1) for part in embeddings.split(AT_ONCE)])  # they stay in the cache
 
 
+def checked(embeddings: Tensor, n: int, dim: int) -> Tensor:
+    """Embeddings of n edits as they are kept: (n, dim) float32 on the CPU; ValueError for another shape, or if not finite."""
+    if embeddings.shape != (n, dim):
+        raise ValueError(
+            f"{n} edits need embeddings of shape ({n}, {dim}), got {tuple(embeddings.shape)}: "
+            "embed them with the classifier of this memory"
+        )
+    z = embeddings.detach().to("cpu", torch.float32)
+    if bad := (~z.square().sum(-1).isfinite()).nonzero().flatten().tolist():
+        raise ValueError(f"the embeddings of edits {bad[:5]} are not finite; nothing was stored")
+    return z
+
+
 class Index:
     """Embeddings (N, dim) float32 at fixed places, of which some are ``here``, and the search for the nearest of these.
 

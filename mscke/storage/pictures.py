@@ -1,0 +1,76 @@
+"""An edit means the picture that it was stored with: what is kept of it, and whether its file still shows it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+SETTLED = 2 * 10**9  # nanoseconds: some file systems count time in steps of two seconds
+_MAKING = threading.Lock()
+
+
+class Picture(NamedTuple):
+    """A file's bytes, their SHA-256, how many they are, and when it was last changed (None: just now)."""
+
+    picture: bytes
+    digest: bytes
+    size: int
+    mtime: int | None
+
+
+def take(image: str) -> Picture:
+    """What is stored of the picture at this path. Raises FileNotFoundError if it cannot be read."""
+    try:
+        with open(image, "rb") as file:
+            changed = os.fstat(
+                file.fileno()
+            ).st_mtime_ns  # asked first: who changes it while it is read is noticed
+            picture = file.read()
+    except OSError as error:
+        raise FileNotFoundError(f"an edit's image {image} cannot be read; nothing was stored") from error
+    settled = changed < time.time_ns() - SETTLED  # else it could be changed once more without another time
+    return Picture(picture, hashlib.sha256(picture).digest(), len(picture), changed if settled else None)
+
+
+def shows(image: str, digest: bytes, size: int | None, mtime: int | None) -> bool | None:
+    """Whether the file still shows what was stored; None where there is none to read.
+
+    A file of this ``size`` and ``mtime`` is trusted, any other is read: a million need not be.
+    """
+    try:
+        found = os.stat(image)
+        if (found.st_size, found.st_mtime_ns) == (size, mtime):
+            return True
+        with open(image, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest() == digest
+    except OSError:
+        return None
+
+
+def write_out(folder: Path, picture: bytes, suffix: str) -> Path:
+    """The picture as a file in ``folder``, named by what it shows, so that several may write it at the same time."""
+    folder.mkdir(exist_ok=True)
+    path = folder / (hashlib.sha256(picture).hexdigest()[:16] + suffix)
+    if path.is_file() and path.read_bytes() == picture:
+        return path
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    temporary.write_bytes(picture)
+    os.replace(temporary, path)
+    return path
+
+
+def scratch() -> Path:
+    """A folder for pictures that lives as long as this process."""
+    with _MAKING:
+        return Path(_scratch(os.getpid()).name)
+
+
+@functools.cache
+def _scratch(process: int) -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="mscke-pictures-")
