@@ -121,14 +121,14 @@ def test_the_panel_writes_nothing_and_leaves_no_figure_open(panel, tmp_path, mon
 
 
 def test_one_picture_a_state_whatever_was_shown_before(scored):
-    picture = Picture(scored.reference)
-
-    def drawn(*state):
+    def drawn(picture, *state):
         picture.show(read(scored, *state))
         return picture.png()
 
-    first, other = drawn("mini-L", "dot", 0, 0.5), drawn("mini-B", "text", 1, 0.83)
-    assert other != first == drawn("mini-L", "dot", 0, 0.5)
+    picture = Picture(scored.reference)
+    first, other = drawn(picture, "mini-L", "dot", 0, 0.5), drawn(picture, "mini-B", "text", 1, 0.83)
+    assert other != first == drawn(picture, "mini-L", "dot", 0, 0.5)
+    assert other == drawn(Picture(scored.reference), "mini-B", "text", 1, 0.83)
 
 
 @pytest.mark.parametrize("state", [("mini-L", "dot", 0, 0.5), ("mini-B", "text", 1, 0.07)])

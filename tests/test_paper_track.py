@@ -300,7 +300,7 @@ def test_make_paper_writes_below_outputs_alone():
         text=True,
         check=True,
     ).stdout
-    assert said.count("MSCKE_TRACK=paper-tiny python -m papermill") == 6
+    assert said.count('MSCKE_TRACK=paper-tiny "python" -m papermill') == 6
     for line in re.findall(r"papermill .* (\S+\.ipynb)$", said, re.MULTILINE):
         assert line.startswith("outputs/paper-tiny/notebooks/")
 

@@ -661,7 +661,7 @@ def test_reading_writes_nothing_into_the_memorys_folder(path, image, tmp_path, w
 
 @pytest.mark.parametrize("number, kind", [(errno.EROFS, OSError), (errno.EACCES, PermissionError)])
 def test_a_writer_that_may_not_write_is_told_how_to_read(path, written, monkeypatch, number, kind):
-    def refuse(file, mode):
+    def refuse(file, mode, **_):
         raise OSError(number, "no writing here", str(file))
 
     monkeypatch.setattr("mscke.storage.alone.open", refuse, raising=False)

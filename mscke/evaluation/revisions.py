@@ -29,6 +29,11 @@ KINDS = {  # what a second edit's prompt is to the first one's, by how hard the 
 }
 
 
+def earlier_answer(record: EditRecord) -> str:
+    """What an edit that this record's revises may have said: the answer before, where the record tells it."""
+    return record.meta.get("original") or "nothing"
+
+
 def embed_edits(classifier: ScopeClassifier, edits: Sequence[Edit]) -> torch.Tensor:
     """z (N, d) of edits, their answers included."""
     return classifier.embed([Query(e.prompt, e.image) for e in edits], [e.answer for e in edits])
@@ -39,7 +44,7 @@ def second_edits(record: EditRecord, elsewhere: str) -> list[tuple[str, Edit]]:
 
     ``elsewhere``: another picture. Whether the edits are a revision is known: the first two are, the others are not.
     """
-    image, edit, before = record.edit.image, record.edit, record.meta.get("original", "nothing")
+    image, edit, before = record.edit.image, record.edit, earlier_answer(record)
     found = [
         ("the same words", Edit(image, edit.prompt, before)),
         ("reworded", Edit(image, record.rephrase.question, before)),
@@ -76,7 +81,7 @@ def answered_by_later(classifier: ScopeClassifier, records: Sequence[EditRecord]
     one fact (``later``, bool)? Rules: the later replaces the earlier, or both stay and the nearer answers."""
     asked = [role for role, inside in zip(ROLES, IN_ROLES, strict=True) if inside]
     z = classifier.embed([r.queries[role] for r in records for role in asked])
-    earlier = [Edit(r.edit.image, r.edit.prompt, r.meta.get("original", "nothing")) for r in records]
+    earlier = [Edit(r.edit.image, r.edit.prompt, earlier_answer(r)) for r in records]
     prompts = {"the same words": "reliability", "reworded": "generality"}
     frames, z_earlier = [], embed_edits(classifier, earlier)
     for prompt, role in prompts.items():

@@ -64,7 +64,7 @@ class Picture:
         )
 
         draw_rows(self.left, [LABELS[metric] for metric in COLUMNS])
-        self.left.tick_params(axis="y", pad=32)  # room for the numbers
+        self.left.tick_params(axis="y", pad=37)  # room for the numbers
         self.left.set(xlim=(-2, 102), xlabel="per cent, with 95 % intervals", title="metrics")
         for ax in self.middle:
             ax.set(xlim=(0, 1), ylim=(0, 100))  # the widest ticks that can come
@@ -100,7 +100,7 @@ class Picture:
             artist.remove()
         self.title.set_text(reading.title)
         self.drawn = []
-        beside = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 8.5}
+        beside = {"textcoords": "offset points", "ha": "right", "va": "center_baseline", "fontsize": 8.5}
         found, axis = reading.metrics, self.left.get_yaxis_transform()
         self.drawn += draw_interval(
             self.left, range(len(found)), found["value"], found["lo"], found["hi"], IN
