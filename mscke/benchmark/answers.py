@@ -4,7 +4,7 @@ The evaluation of VQA (Antol et al., ICCV 2015) takes case, articles, number wor
 an answer before it compares. :func:`normalise_answer` does so with any script's letters, after Unicode's several
 ways to write a letter have become one. Where it differs from VQA's own program:
 
-* A mark becomes a blank wherever it stands. VQA drops some marks, which only matters beside another blank.
+* A mark becomes a blank wherever it stands. VQA drops all of its kind if one stands beside a blank ("x-ray - no").
 * Of each contraction VQA has two spellings made one, by putting the apostrophe in. Here it is taken out of both, which
   makes the same answers equal. Not of every word: "cat's" is not "cats", nor "we're" "were".
 * Quotation marks around a word do not count, single ones included; nor do dashes, brackets and stops of other
