@@ -74,7 +74,9 @@ def _opened(path: str | Path, use):
         raise PictureError(f"{path} has more than {MAX_PIXELS:,} pixels; scale it down") from error
     except Exception as error:  # decoders raise SyntaxError, struct.error, … on damaged files
         kinds = "/".join(FORMATS)
-        raise PictureError(f"{path} is damaged or not {kinds} ({error}); fetch it again") from error
+        raise PictureError(
+            f"{path} is damaged or not {kinds} ({error}); fetch it again, or save it as one of these"
+        ) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -77,8 +77,9 @@ def taken_for_revision(classifier: ScopeClassifier, records: Sequence[EditRecord
 
 
 def answered_by_later(classifier: ScopeClassifier, records: Sequence[EditRecord]) -> pd.DataFrame:
-    """A row a record, in-scope role, form of the later ``prompt`` and ``rule``: does the later edit answer, of two on
-    one fact (``later``, bool)? Rules: the later replaces the earlier, or both stay and the nearer answers."""
+    """A row a record, in-scope role, form of the later ``prompt`` and ``rule``: does the later edit answer, of the
+    record's two on one fact (``later``, bool)? Rules: the later replaces the earlier where it is taken for a revision
+    of it, or both stay; of two that stand the nearer answers. No other record's edits are in the way."""
     asked = [role for role, inside in zip(ROLES, IN_ROLES, strict=True) if inside]
     z = classifier.embed([r.queries[role] for r in records for role in asked])
     earlier = [Edit(r.edit.image, r.edit.prompt, earlier_answer(r)) for r in records]
@@ -90,11 +91,12 @@ def answered_by_later(classifier: ScopeClassifier, records: Sequence[EditRecord]
         memory = EditMemory.of(classifier)
         memory.add(earlier, z_earlier)
         memory.add(later, z_later)
-        own = torch.arange(len(records)).repeat_interleave(len(asked)) + len(records)
-        found = {"the later replaces": memory.nearest(z)[1][:, 0] == own}
+        replaced = torch.zeros(len(memory.log()[0].ids) + len(later), dtype=torch.bool)
+        replaced[list(memory.log()[-1].replaced)] = True
         both = (z.unflatten(0, (len(records), -1)) - side.unsqueeze(1) for side in (z_earlier, z_later))
         near, nearer = (apart.square().sum(-1).flatten() for apart in both)
-        found["the nearer answers"] = nearer < near
+        alone = replaced[: len(records)].repeat_interleave(len(asked))  # the later one stands alone
+        found = {"the later replaces": alone | (nearer < near), "the nearer answers": nearer < near}
         named = {"record": [r.id for r in records for _ in asked], "role": asked * len(records)}
         frames += [
             pd.DataFrame(named | {"prompt": prompt, "rule": rule, "later": later_wins.numpy()})
