@@ -82,6 +82,27 @@ def wheel(folder: Path, name: str, tag: str) -> None:
         file.writestr(f"{info}/RECORD", f"{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
 
 
+BACKEND = """
+import zipfile
+
+def build_editable(folder, *_, **__):
+    with zipfile.ZipFile(f"{folder}/house-1.0-py3-none-any.whl", "w") as file:
+        file.writestr("house-1.0.dist-info/METADATA", "Metadata-Version: 2.1\\nName: house\\nVersion: 1.0\\n")
+        file.writestr("house-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        file.writestr("house-1.0.dist-info/RECORD", "")
+    return "house-1.0-py3-none-any.whl"
+"""
+PROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+[project]
+name = "house"
+version = "1.0"
+"""
+
+
 @pytest.mark.slow
 def test_the_first_python_that_has_wheels_is_taken_under_two_versions(house, tmp_path):
     if len(found := pythons()) < 2:
@@ -89,6 +110,8 @@ def test_the_first_python_that_has_wheels_is_taken_under_two_versions(house, tmp
     links = tmp_path / "links"
     links.mkdir()
     wheel(links, "pure", "py3-none-any")
+    (house / "backend.py").write_text(BACKEND)
+    (house / "pyproject.toml").write_text(PROJECT)
     (house / "tiny.lock").write_text("pure==1.0\nbuilt==1.0 ; python_version > '3'\n")
     for here, other in (found[:2], found[1::-1]):
         version = subprocess.run(
@@ -98,13 +121,17 @@ def test_the_first_python_that_has_wheels_is_taken_under_two_versions(house, tmp
             old.unlink()
         wheel(links, "built", f"{version}-none-any")
         pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(links), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-        settings = ["LOCK=tiny.lock", "BUILT=built pure", ".venv/.python"]
+        settings = ["LOCK=tiny.lock", "BUILT=built pure", "env"]
         shutil.rmtree(house / ".venv", ignore_errors=True)
         done = make(house, f"BASE_PYTHON=python3.none {other} {here}", *settings, **pip)
         assert done.returncode == 0, done.stderr
         assert f"== .venv: by {here}" in done.stdout
         inside = [house / ".venv/bin/python", "-c", "import sys; print('cp%d%d' % sys.version_info[:2])"]
         assert subprocess.run(inside, capture_output=True, text=True).stdout.strip() == version
+        listed = subprocess.run(
+            [inside[0], "-m", "pip", "list"], capture_output=True, text=True
+        ).stdout.split()
+        assert {"pure", "built", "house"} <= set(listed)
         shutil.rmtree(house / ".venv")
         refused = make(house, f"BASE_PYTHON=python3.none {other}", *settings, **pip)
         assert refused.returncode != 0 and not (house / ".venv").exists()
