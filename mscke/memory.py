@@ -139,15 +139,15 @@ class EditMemory:
     def distances(self, embeddings: Tensor, among: Tensor) -> Tensor:
         """Squared distance (B,) of each query to the one edit, or replaced one, that ``among`` names (else KeyError)."""
         self._require(among.tolist(), self._changes.replaced)
-        return (embeddings - self._index.matrix[among]).square().sum(-1)
+        return (embeddings.to(self._index.matrix) - self._index.matrix[among]).square().sum(-1)
 
     def nearest(self, embeddings: Tensor, k: int = 1, exact: bool = False) -> tuple[Tensor, Tensor]:
-        """The k nearest edits of each query: (squared distances, ids), both (B, min(k, N)).
+        """The k nearest edits of each query: (squared distances, ids), both (B, min(k, N)) on the CPU, as the memory is.
 
         Found exactly up to :data:`mscke.storage.search.EXACT` edits, beyond them by their codes unless ``exact`` is asked for.
         Raises ValueError for a query that is not finite.
         """
-        return self._index.nearest(embeddings, k, exact)
+        return self._index.nearest(embeddings.to(self._index.matrix), k, exact)
 
     def embed_again(self, classifier, path: str | Path) -> EditMemory:
         """These edits under another classifier, in a new memory at ``path``; ids count from 0 again.

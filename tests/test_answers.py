@@ -15,7 +15,7 @@ from mscke.benchmark.sample import Query
 from mscke.benchmark.scenes import CARDS, CATEGORIES, KINDS, PLACES
 from mscke.config import get_track
 from mscke.evaluation.metrics import ROLES, exact_match, strict_match
-from mscke.evaluation.protocol import generated
+from mscke.evaluation.protocol import ask
 from mscke.report.tables import beside_strict
 
 SAME = [
@@ -107,7 +107,9 @@ def test_no_committed_row_is_judged_otherwise_to_the_letter():
 
 
 class Says:
-    """A model that says ``text`` to everything."""
+    """A model that says ``text`` to everything, and said "cat"."""
+
+    chunk = None
 
     def __init__(self, text):
         self.text = text
@@ -115,11 +117,14 @@ class Says:
     def answer(self, queries, among=None):
         return [self.text] * len(queries)
 
+    def unedited(self):
+        return Says("cat")
+
 
 def test_rows_say_what_was_said_and_what_either_comparison_makes_of_it():
     queries, answers = dict.fromkeys(ROLES, Query("What is it?")), dict.fromkeys(ROLES, "Cat")
     record = SimpleNamespace(id=3, queries=queries, answers=answers)
-    rows = generated(Says("the cat"), Says("cat"), [record], None).set_index("metric")
+    rows = ask(Says("the cat"), None, [record], None, ("generated",)).set_index("metric")
     assert set(rows["answer"]) == {"the cat"}
     assert (rows["value"] == 1).all() and (rows["strict"] == 0).all()  # right, and unchanged
 

@@ -1,5 +1,8 @@
 """The metrics against cases worked out by hand; the protocol against one record at a time."""
 
+import copy
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +10,11 @@ import torch
 
 from mscke.benchmark.sample import Query
 from mscke.classifier import ScopeClassifier
+from mscke.editors.finetune import FineTune
+from mscke.editors.ike import IKE
 from mscke.editors.mscke import MSCKE
+from mscke.editors.null import null_edits
+from mscke.editors.serac import MiniLMEncoder
 from mscke.evaluation.metrics import (
     METRICS,
     ROLES,
@@ -16,9 +23,9 @@ from mscke.evaluation.metrics import (
     token_accuracy,
     unchanged_share,
 )
-from mscke.evaluation.protocol import _greedy, evaluate
+from mscke.evaluation.protocol import ask, evaluate
 from mscke.models.counterfactual import CounterfactualModel
-from mscke.models.decoding import Forced
+from mscke.models.decoding import Forced, teacher_force
 from mscke.models.mllm import MLLM
 
 pytest_plugins = ["tiny"]
@@ -42,7 +49,7 @@ PROTOCOLS = {"generated", "teacher_forced"}
 class Unedited:
     """The model as it was: an editor that edits nothing."""
 
-    name = "none"
+    name, chunk = "none", None
 
     def __init__(self, base):
         self.base = base
@@ -55,6 +62,9 @@ class Unedited:
 
     def force(self, queries, answers, among=None):
         return self.base.force(queries, answers)
+
+    def unedited(self):
+        return Unedited(self.base)
 
 
 class Told(Unedited):
@@ -97,19 +107,74 @@ def forced(*rows, hits=()):
     return Forced(np.array(hits, bool), np.array(rows, np.int32))
 
 
-def test_what_teacher_forcing_predicts_to_its_end_is_not_generated(mllm):
-    def one(hit, ends):
-        return Forced(np.array([True, hit]), np.zeros((1, 1), np.int32), ends)
+class Scripted(Unedited):
+    """Predicts what it was told to by question, and notes what it is asked to generate."""
 
-    def answer(queries, among):
-        asked.append(([q.question for q in queries], among.tolist()))
+    def __init__(self, base, greedy, before=()):
+        super().__init__(base)
+        self.greedy, self.before, self.asked = greedy, before, []
+
+    def force(self, queries, answers, among=None):
+        one = np.zeros((2, 10), np.int32)
+        return [Forced(np.array([True]), one, q.question in self.greedy) for q in queries]
+
+    def answer(self, queries, among=None):
+        self.asked += [q.question for q in queries]
         return ["said"] * len(queries)
 
-    queries, gold, asked = [Query(c) for c in "abcd"], ["Yes.", "two owls", "no", "red"], []
-    predicted = [one(True, True), one(False, True), one(True, False), one(True, True)]
-    found = _greedy(answer, mllm, queries, gold, predicted, torch.arange(4))
-    assert found == ["yes", "said", "said", "red"] and asked == [(["b", "c"], [1, 2])]
-    assert _greedy(answer, mllm, queries, gold, (), torch.arange(4)) == ["said"] * 4
+    def unedited(self):
+        return self.other
+
+
+def test_what_teacher_forcing_predicts_to_its_end_is_not_generated(mllm):
+    """What must stay is generated both ways unless both predictions are the gold answer."""
+    queries = dict(zip(ROLES, [Query(c) for c in "abcde"], strict=True))
+    record = SimpleNamespace(id=7, queries=queries, answers=dict.fromkeys(ROLES, "Yes."))
+    model = Scripted(mllm, "acde")
+    model.other = Scripted(mllm, "e")
+    rows = ask(model, mllm, [record], torch.zeros(5, dtype=torch.long))
+    rows = rows[rows["protocol"] == "generated"].set_index("question")
+    assert rows["answer"].tolist() == ["yes", "said", "yes", "said", "yes"]
+    assert rows.loc[["d", "e"], "expected"].tolist() == ["said", "yes"]
+    assert model.asked == ["b", "d"] and model.other.asked == ["d"]
+    told = ask(model, mllm, [record], None, ("generated",))
+    assert told["answer"].tolist() == ["said"] * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_an_edit_of_nothing_changes_nothing(mllm, clip_name, encoder, records, dtype, batch_size):
+    """In half precision logits depend on a batch's shape: before and after are compared in one."""
+    model = copy.deepcopy(mllm.model).to(dtype)
+    base = MLLM(model, mllm.tokenizer, mllm.name, batch_size=batch_size)
+    base.answer([r.queries[role] for r in records[::2] for role in ROLES])  # remembered, of other batches
+    base.force([r.out_of_scope for r in records], [r.answers["out_of_scope"] for r in records])
+    classifier = ScopeClassifier(clip_name, width=16, encoder=encoder).eval()
+    for editor in null_edits(base, classifier, at_once=2):
+        rows = evaluate(editor, base, records, "tiny")
+        stays = rows[rows["metric"].isin(["m_out", "locality"])]
+        assert (stays["value"] == 1).all() and (stays["strict"] == 1).all(), editor.name
+
+
+def test_before_is_asked_in_the_batches_of_after(mllm, few, monkeypatch):
+    """The same rows of token ids, in the same order, for every way of editing."""
+    seen, minilm = [], MiniLMEncoder()
+
+    def note(language_model, encoder, prompts, *rest):
+        seen.append((len(prompts), [tuple(p[-4:]) for p in prompts]))
+        return teacher_force(language_model, encoder, prompts, *rest)
+
+    for place in ("deltas", "ike"):
+        monkeypatch.setattr(f"mscke.editors.{place}.teacher_force", note)
+    queries = [r.out_of_scope for r in few] + [r.locality for r in few]
+    gold, among = [q.question for q in queries], torch.arange(len(few)).repeat(2)
+    for editor in (FineTune(mllm, steps=1, at_once=2), IKE(mllm, few, minilm, 1)):
+        model = editor.edit(few)
+        model.force(queries, gold, among)
+        after, _ = list(seen), seen.clear()
+        model.unedited().force(queries, gold, among)
+        assert after and after == seen
+        seen.clear()
 
 
 def test_exact_match_by_hand():

@@ -143,6 +143,9 @@ def test_half_precision(blip2, few):
     targets = [strict_answer(r.edit.answer) for r in few]
     assert edited.answer([r.queries["reliability"] for r in few], torch.arange(4)) == targets
     assert all(d.dtype == torch.float32 for d in updates(edited).values())
+    plain = fine_tune(half).one_by_one(few[0])  # what it is timed against computes in the model's type too
+    assert plain.keys() == updates(edited).keys()
+    assert all(d.dtype == torch.float32 and d.norm() > 0 for d in plain.values())
 
 
 def test_low_rank_is_dense(mllm):

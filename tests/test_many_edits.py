@@ -10,7 +10,7 @@ from mscke.editors.finetune import FineTune
 from mscke.editors.mscke import MSCKE, own_edits
 from mscke.evaluation.many_edits import as_rows, ask_among, ask_sequences, groups
 from mscke.evaluation.metrics import ROLES
-from mscke.evaluation.protocol import generated
+from mscke.evaluation.protocol import ask
 from mscke.models.counterfactual import CounterfactualModel
 
 pytest_plugins = ["tiny"]
@@ -56,7 +56,7 @@ def test_each_record_is_asked_once_among_as_many_edits_as_said():
 
 def test_one_edit_in_memory_is_the_papers_protocol(asked, editor, blip2, records):
     alone = as_rows(asked[asked.n_edits == 1], records, {}, editor.threshold)
-    expected = generated(editor.edit(records), blip2, records, own_edits(N, len(ROLES)))
+    expected = ask(editor.edit(records), blip2, records, own_edits(N, len(ROLES)), ("generated",))
     pd.testing.assert_series_equal(values(alone), values(expected))
     assert asked[asked.n_edits == 1].rival.isna().all()
 
@@ -64,7 +64,7 @@ def test_one_edit_in_memory_is_the_papers_protocol(asked, editor, blip2, records
 def test_all_edits_in_memory_is_the_router_over_all(asked, editor, blip2, records):
     together = as_rows(asked[asked.n_edits == N], records, {}, editor.threshold)
     pd.testing.assert_series_equal(
-        values(together), values(generated(editor.edit(records), blip2, records, None))
+        values(together), values(ask(editor.edit(records), blip2, records, None, ("generated",)))
     )
 
 
@@ -72,7 +72,7 @@ def test_a_group_is_a_memory_of_its_own(asked, editor, blip2, records):
     rows = as_rows(asked[asked.n_edits == 5], records, {}, editor.threshold)
     for who, stored in groups(N, 5):
         model = editor.edit([records[i] for i in stored])
-        expected = generated(model, blip2, [records[i] for i in who], None)
+        expected = ask(model, blip2, [records[i] for i in who], None, ("generated",))
         own = rows[rows.record.isin([records[i].id for i in who])]
         pd.testing.assert_series_equal(values(own), values(expected))
 
@@ -99,7 +99,7 @@ def test_thresholds_above_the_editors_need_no_other_answers(asked, editor, blip2
     strict = MSCKE(blip2, editor.in_scope, editor.classifier, threshold=higher)
     rows = as_rows(asked[asked.n_edits == N], records, {}, higher)
     pd.testing.assert_series_equal(
-        values(rows), values(generated(strict.edit(records), blip2, records, None))
+        values(rows), values(ask(strict.edit(records), blip2, records, None, ("generated",)))
     )
     with pytest.raises(ValueError, match="were not asked"):
         as_rows(asked, records, {}, threshold=0.0)
@@ -118,14 +118,14 @@ def test_sequences_ask_the_model_that_holds_the_edits(blip2, records):
     rows = ask_sequences(editor, blip2, records, (1, 4, 8), n_asked=8, seed=2)
     order = np.random.default_rng(2).permutation(N)
     assert rows.groupby("n_edits").record.nunique().to_dict() == {1: 8, 4: 8, 8: 8}
-    alone = generated(editor.edit(records), blip2, records, own_edits(N, len(ROLES)))
+    alone = ask(editor.edit(records), blip2, records, own_edits(N, len(ROLES)), ("generated",))
     single = values(rows[rows.n_edits == 1])
     pd.testing.assert_series_equal(single, values(alone).loc[single.index])
     for start in (0, 4):  # two sequences of four
         chain = [records[i] for i in order[start : start + 4]]
         ((_, model),) = editor.sequence(chain, [4])
         part = rows[(rows.n_edits == 4) & rows.record.isin([r.id for r in chain])]
-        pd.testing.assert_series_equal(values(part), values(generated(model, blip2, chain, None)))
+        pd.testing.assert_series_equal(values(part), values(ask(model, blip2, chain, None, ("generated",))))
 
 
 def test_more_questions_than_records_ask_each_record_once(blip2, records):

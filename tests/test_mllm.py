@@ -241,8 +241,8 @@ def test_teacher_forcing_knows_what_greedy_decoding_says(folder, records):
     model = MLLM.from_pretrained(ASSETS / folder, folder)
     asked = [r.queries[role] for r in records[:8] for role in ("reliability", "in_scope", "out_of_scope")]
     said = model.answer(asked)
-    assert len(set(said)) > 4 and all(f.is_greedy for f in model.force(asked, said))
-    assert not any(f.is_greedy for f in model.force(asked, [f"{answer} and an owl" for answer in said]))
+    assert len(set(said)) > 4 and all(f.is_greedy() for f in model.force(asked, said))
+    assert not any(f.is_greedy() for f in model.force(asked, [f"{answer} and an owl" for answer in said]))
     assert not any(
-        f.is_greedy for f in model.force(asked, ["seven sleepy owls and one more owl"] * len(asked))
+        f.is_greedy() for f in model.force(asked, ["seven sleepy owls and one more owl"] * len(asked))
     )

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mscke.benchmark.sample import EditRecord, Query
+from mscke.benchmark.sample import Edit, EditRecord, Query
 from mscke.models.decoding import Forced
 
 
@@ -16,8 +16,11 @@ class EditedModel(Protocol):
 
     ``among`` (B,) long names, for each query, the one edit that is in force for it (by its place in
     the edited records): the paper's protocol of one edit at a time, for many records in one batch.
-    Without it every edit is in force.
+    Without it every edit is in force. ``chunk``: of how many edits the updates exist at once, so that all questions
+    about them are best asked together; None where nothing is computed for an edit.
     """
+
+    chunk: int | None = None
 
     def answer(self, queries: Sequence[Query], among: Tensor | None = None) -> list[str]:
         """Greedy answers (B), normalised."""
@@ -26,6 +29,25 @@ class EditedModel(Protocol):
         self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None
     ) -> list[Forced]:
         """Teacher-forced predictions of the answers' tokens (B)."""
+
+    def unedited(self) -> EditedModel:
+        """The model before its edits. Asked the same it makes the same batches, of the same rows and padding.
+
+        In half precision logits depend on a batch's shape: only so does "unchanged" measure the edit alone.
+        """
+
+
+class InScope(Protocol):
+    """Answers queries, each under its own edit: what a routed method asks in scope."""
+
+    def answer(self, queries: Sequence[Query], edits: Sequence[Edit]) -> list[str]: ...
+
+    def force(
+        self, queries: Sequence[Query], edits: Sequence[Edit], answers: Sequence[str]
+    ) -> list[Forced]: ...
+
+    def unedited(self) -> InScope:
+        """The same without the edits, as :meth:`EditedModel.unedited`."""
 
 
 class Editor(Protocol):

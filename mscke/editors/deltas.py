@@ -15,6 +15,8 @@ from mscke.models.decoding import Forced, generate, teacher_force
 from mscke.models.mllm import MLLM
 from mscke.models.prompts import embed
 
+ASKED = 3  # questions of a record at once, at most: those that its edit must change
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -84,8 +86,9 @@ class DeltaModel:
     """The base model under E edits (:class:`mscke.editors.base.EditedModel`).
 
     ``deltas`` gives the updates of some edits, long (U,); it is asked batch by batch (the base model's
-    size, unless given), so that those of many edits need not exist at once: of ``at_once`` at most, if told. A
-    single edit is in force for every query.
+    size, unless given), so that those of many edits need not exist at once: of ``at_once`` at most, if told. The
+    last ones are kept, so that another question about the same edits computes none. A single edit is in force for
+    every query.
     """
 
     def __init__(
@@ -98,6 +101,8 @@ class DeltaModel:
     ):
         self.base, self.n, self.deltas = base, n, deltas
         self.batch_size, self.at_once = batch_size or base.batch_size, at_once
+        self.chunk = at_once or max(1, self.batch_size // ASKED)
+        self._last: tuple[Tensor, Deltas] | None = None
 
     def answer(self, queries: Sequence[Query], among: Tensor | None = None) -> list[str]:
         return self._ask(generate, among, queries)
@@ -107,6 +112,10 @@ class DeltaModel:
     ) -> list[Forced]:
         ids = [self.base.encoder.answer(a, eos=False) for a in answers]
         return self._ask(teacher_force, among, queries, ids)
+
+    def unedited(self) -> DeltaModel:
+        """The base model, asked in the same batches."""
+        return DeltaModel(self.base, self.n, lambda edits: {}, self.batch_size, self.at_once)
 
     def _ask(self, ask: Callable, among: Tensor | None, queries: Sequence[Query], *extra: list) -> list:
         """``ask`` the language model batch by batch; ValueError if it is unclear which edit is in force."""
@@ -122,7 +131,7 @@ class DeltaModel:
         size = self.batch_size // max(1, run) * run or self.batch_size  # or within it, if they are too many
         for part in self._parts(among, size):
             edits, rows = among[part].unique(return_inverse=True)
-            deltas, found = self.deltas(edits), {}
+            deltas, found = self._of(edits), {}
             for some in apart(queries[part]):
                 asked, mine = [queries[part][i] for i in some], rows[some]
                 own = deltas if in_turn(mine, len(edits)) else {n: d[mine] for n, d in deltas.items()}
@@ -132,6 +141,13 @@ class DeltaModel:
                 found |= zip(some, answers, strict=True)
             results += [found[i] for i in range(len(found))]
         return results
+
+    def _of(self, edits: Tensor) -> Deltas:
+        """The updates of these edits, unless they are those of the last batch."""
+        if self._last is None or not torch.equal(self._last[0], edits):
+            self._last = None  # before others take their memory
+            self._last = edits, self.deltas(edits)
+        return self._last[1]
 
     def _parts(self, among: Tensor, size: int) -> Iterator[slice]:
         """Batches of ``size`` queries, or of fewer where these would be of more edits than there may be at once."""

@@ -80,19 +80,22 @@ class FineTune:
 
         What :meth:`edit` is tested against and timed against.
         """
-        before = {n: self.language_model.get_submodule(n).weight.float() for n in self.names}
-        weights = {f"{n}.weight": w.clone().requires_grad_() for n, w in before.items()}
+        before = {n: self.language_model.get_submodule(n).weight for n in self.names}
+        weights = {f"{n}.weight": w.float().clone().requires_grad_() for n, w in before.items()}
         optimiser = torch.optim.Adam(weights.values(), self.lr)
         reading, *_ = self._read([record])
         for _ in range(self.steps):
-            logits = functional_call(self.language_model, weights, kwargs=reading.inputs).logits
+            rounded = {
+                n: w.to(self.language_model.dtype) for n, w in weights.items()
+            }  # as the model computes
+            logits = functional_call(self.language_model, rounded, kwargs=reading.inputs).logits
             loss = reading.loss(logits).sum()
             if loss < self.tolerance:
                 break
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        return {n: weights[f"{n}.weight"].detach() - w for n, w in before.items()}
+        return {n: weights[f"{n}.weight"].detach() - w.float() for n, w in before.items()}
 
     def _nothing(self, n: int) -> Deltas:
         shapes = {m: self.language_model.get_submodule(m).weight.shape for m in self.names}

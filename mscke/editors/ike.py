@@ -52,10 +52,18 @@ def largest_k(base: MLLM, records: Sequence[EditRecord]) -> int:
 
 
 class InContextModel:
-    """The base model with one edit's context before each question."""
+    """The base model with one edit's context before each question; without it where the context is ``off``."""
 
-    def __init__(self, base: MLLM, contexts: list[str], nearest: Callable[[Sequence[Query]], Tensor]):
-        self.base, self.contexts, self.nearest = base, contexts, nearest
+    chunk = None
+
+    def __init__(
+        self, base: MLLM, contexts: list[str], nearest: Callable[[Sequence[Query]], Tensor], off: bool = False
+    ):
+        self.base, self.contexts, self.nearest, self.off = base, contexts, nearest, off
+
+    def unedited(self) -> InContextModel:
+        """The base model, asked in batches of the same queries."""
+        return InContextModel(self.base, self.contexts, self.nearest, off=True)
 
     def prompts(self, queries: Sequence[Query], among: Tensor | None = None) -> list[list[int]]:
         """Token ids of (B) conditioned prompts; without ``among`` the edit whose text is nearest is told.
@@ -77,10 +85,11 @@ class InContextModel:
     def answer(self, queries: Sequence[Query], among: Tensor | None = None) -> list[str]:
         """Greedy answers (B), normalised."""
         prompts, base = self.prompts(queries, among), self.base
+        asked = base.prompts(queries) if self.off else prompts
 
         def ask(rows: list[int]) -> list[str]:
             visual = base.see([queries[i] for i in rows])
-            return generate(base.model.language_model, base.encoder, [prompts[i] for i in rows], visual)
+            return generate(base.model.language_model, base.encoder, [asked[i] for i in rows], visual)
 
         return by_length(prompts, ask, self._size(prompts))
 
@@ -89,11 +98,12 @@ class InContextModel:
     ) -> list[Forced]:
         """Teacher-forced predictions of (B) gold answers."""
         prompts, base = self.prompts(queries, among), self.base
+        asked = base.prompts(queries) if self.off else prompts
         gold = [base.encoder.answer(a, eos=False) for a in answers]
 
         def ask(rows: list[int]) -> list[Forced]:
             visual = base.see([queries[i] for i in rows])
-            texts = [prompts[i] for i in rows], [gold[i] for i in rows]
+            texts = [asked[i] for i in rows], [gold[i] for i in rows]
             return teacher_force(base.model.language_model, base.encoder, *texts, visual)
 
         return by_length(prompts, ask, self._size(prompts))
@@ -151,11 +161,12 @@ def choose_k(
     queries = [r.queries[role] for r in validation for role in ROLES]
     gold = [r.answers[role] for r in validation for role in ROLES]
     changes = IN_ROLES * len(validation)
-    expected = [g if c else b for g, b, c in zip(gold, base.answer(queries), changes, strict=True)]
     among, rows = torch.arange(len(validation)).repeat_interleave(len(ROLES)), []
     limit = largest_k(base, demonstrations)
     for k in sorted({min(k, limit) for k in ks}):
-        answers = IKE(base, demonstrations, encoder, k).edit(validation).answer(queries, among)
+        told = IKE(base, demonstrations, encoder, k).edit(validation)
+        answers, before = told.answer(queries, among), told.unedited().answer(queries, among)
+        expected = [g if c else b for g, b, c in zip(gold, before, changes, strict=True)]
         pairs = zip(map(normalise_answer, answers), map(normalise_answer, expected), strict=True)
         right = torch.tensor([a == e for a, e in pairs])
         share = dict(zip(ROLES, right.float().view(-1, len(ROLES)).mean(0).tolist(), strict=True))

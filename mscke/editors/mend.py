@@ -93,8 +93,8 @@ class MEND:
 
     name = "MEND"
 
-    def __init__(self, base: MLLM, networks: MendNetworks):
-        self.base, self.networks = base, networks
+    def __init__(self, base: MLLM, networks: MendNetworks, off: bool = False):
+        self.base, self.networks, self.off = base, networks, off
 
     def gradients(self, edits: Sequence[Edit]) -> Deltas:
         """The gradients of the edits' losses, in factors."""
@@ -120,6 +120,10 @@ class MEND:
         model, among = self._each(edits)
         return model.force(queries, answers, among)
 
+    def unedited(self) -> MEND:
+        """The same without its updates: the base model, asked in the same batches."""
+        return MEND(self.base, self.networks, off=True)
+
     def sequence(self, records: Sequence[EditRecord], checkpoints: Sequence[int]) -> Stages:
         """One model for all: each edit's gradient is taken at the weights that the edits before it left."""
         language_model = self.base.model.language_model
@@ -134,7 +138,8 @@ class MEND:
 
     def _under(self, edits: Sequence[Edit]) -> DeltaModel:
         half = max(1, self.base.batch_size // 2)  # an update's factors are as long as the edit
-        return DeltaModel(self.base, len(edits), lambda rows: self.deltas([edits[i] for i in rows]), half)
+        model = DeltaModel(self.base, len(edits), lambda rows: self.deltas([edits[i] for i in rows]), half)
+        return model.unedited() if self.off else model
 
     def _each(self, edits: Sequence[Edit]) -> tuple[DeltaModel, Tensor]:
         """A model of the edits without their repetitions, and each one's place (B) among them."""

@@ -76,7 +76,7 @@ def train_mend(
     def evaluate() -> dict[str, float]:
         rows = [(r.queries[role], r.edit, r.answers[role]) for r in validation for role in ROLES]
         queries, edits, gold = map(list, zip(*rows, strict=True))
-        rows = zip(mend.answer(queries, edits), gold, mend.base.answer(queries), strict=True)
+        rows = zip(mend.answer(queries, edits), gold, mend.unedited().answer(queries, edits), strict=True)
         forms = (tuple(map(normalise_answer, row)) for row in rows)
         same = torch.tensor([(a == g, a == b) for a, g, b in forms]).float()
         right = torch.where(torch.tensor(IN_ROLES), *same.view(-1, len(ROLES), 2).mean(0).unbind(-1))

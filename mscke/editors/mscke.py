@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mscke.benchmark.sample import EditRecord, Query
+from mscke.editors.base import InScope
 from mscke.memory import EditMemory
-from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.decoding import Forced
 from mscke.models.mllm import MLLM
 from mscke.router import Route, ScopeRouter
@@ -18,7 +18,9 @@ from mscke.router import Route, ScopeRouter
 class RoutedModel:
     """The base model behind a router: in scope the counterfactual answers, else the base model."""
 
-    def __init__(self, base: MLLM, in_scope: CounterfactualModel, router: ScopeRouter):
+    chunk = None
+
+    def __init__(self, base: MLLM, in_scope: InScope | None, router: ScopeRouter):
         self.base, self.in_scope, self.router = base, in_scope, router
 
     def answer(self, queries: Sequence[Query], among: Tensor | None = None) -> list[str]:
@@ -31,6 +33,10 @@ class RoutedModel:
         route = self.router.route(queries, among)
         pairs = list(zip(queries, answers, strict=True))
         return self._dispatch(route, pairs, lambda m, p, e: m.force([q for q, _ in p], *e, [a for _, a in p]))
+
+    def unedited(self) -> RoutedModel:
+        """The base model, by the same routes: what is left to it is asked in the batches of :meth:`answer`."""
+        return RoutedModel(self.base, self.in_scope and self.in_scope.unedited(), self.router)
 
     def _dispatch(self, route: Route, items: Sequence, ask: Callable) -> list:
         """Ask each item of the model its route names; keep the order."""
@@ -53,7 +59,7 @@ class MSCKE:
     one), ``in_scope`` answers what is in scope.
     """
 
-    def __init__(self, base: MLLM, in_scope: CounterfactualModel, classifier, name="MSCKE", threshold=0.5):
+    def __init__(self, base: MLLM, in_scope: InScope, classifier, name="MSCKE", threshold=0.5):
         self.base, self.in_scope, self.classifier = base, in_scope, classifier
         self.name, self.threshold = name, threshold
 

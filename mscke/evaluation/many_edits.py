@@ -26,7 +26,8 @@ from mscke.editors import build
 from mscke.editors.mscke import MSCKE, own_edits
 from mscke.evaluation.metrics import CHANGES, METRICS, ROLES, exact_match
 from mscke.evaluation.outcomes import outcomes
-from mscke.evaluation.protocol import generated, save_rows
+from mscke.evaluation.protocol import ask as ask_model
+from mscke.evaluation.protocol import save_rows
 from mscke.evaluation.run import both_ways
 from mscke.memory import EditMemory
 from mscke.models.mllm import MLLM
@@ -68,19 +69,19 @@ def ask_among(
     table["left"], own = alone[table["record"], table["role"].map(ROLES.index)].T
     taken, captured = table["rho"] >= editor.threshold, table["winner"] != table["record"]
     pairs = table.loc[taken & captured, ["record", "role", "winner"]].drop_duplicates()
-    pairs["taken"] = _captured(editor, base, records, pairs)
+    pairs["taken"] = _captured(editor, records, pairs)
     table = table.merge(pairs, how="left", on=["record", "role", "winner"])
     return table.assign(taken=table["taken"].where(captured, own).where(taken))
 
 
-def _captured(editor: MSCKE, base: MLLM, records: Sequence[EditRecord], pairs: pd.DataFrame) -> np.ndarray:
+def _captured(editor: MSCKE, records: Sequence[EditRecord], pairs: pd.DataFrame) -> np.ndarray:
     """How right the records' queries in these roles are under the winners' edits, which are others'."""
     if pairs.empty:
         return np.empty(0)
     asked = [(records[i], role) for i, role in zip(pairs["record"], pairs["role"], strict=True)]
     queries = [r.queries[role] for r, role in asked]
-    gold, before = [r.answers[role] for r, role in asked], base.answer(queries)
-    answers = editor.in_scope.answer(queries, [records[i].edit for i in pairs["winner"]])
+    gold, edits = [r.answers[role] for r, role in asked], [records[i].edit for i in pairs["winner"]]
+    answers, before = (who.answer(queries, edits) for who in (editor.in_scope, editor.in_scope.unedited()))
     return exact_match(answers, np.where(pairs["role"].isin(CHANGES), gold, before))
 
 
@@ -140,8 +141,8 @@ def ask_sequences(
     n_asked, frames = min(n_asked, len(records)), []
 
     def ask(model, places: np.ndarray, n_edits: int, among: Tensor | None = None) -> None:
-        rows = generated(model, base, [records[i] for i in places], among)
-        frames.append(rows.assign(protocol="generated", n_edits=n_edits))
+        rows = ask_model(model, base, [records[i] for i in places], among, ("generated",))
+        frames.append(rows.assign(n_edits=n_edits))
 
     if sizes[0] == 1:  # each alone: one batch
         alone = order[:n_asked]

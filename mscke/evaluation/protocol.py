@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils import gather_object
+from tqdm import tqdm
 
-from mscke.benchmark.sample import EditRecord, Query
+from mscke.benchmark.sample import EditRecord
 from mscke.checkpoint import write_whole
 from mscke.editors.base import EditedModel, Editor
 from mscke.evaluation.metrics import (
@@ -56,10 +57,22 @@ def ask(
     among: torch.Tensor | None,
     protocols: Sequence[str] = ("generated", "teacher_forced"),
 ) -> pd.DataFrame:
-    """Rows of every query under each of ``protocols``, of which teacher forcing spares most of the generating."""
-    forced = _force(model, base, records, among) if "teacher_forced" in protocols else ([], [])
-    frames = [PROTOCOLS[p](model, base, records, among, *forced).assign(protocol=p) for p in protocols]
-    return pd.concat(frames, ignore_index=True)
+    """Rows of every query under each of ``protocols``, of which teacher forcing spares most of the generating.
+
+    Unchanged is what the model answers with its edits and without, asked both ways in the same batches
+    (:meth:`mscke.editors.base.EditedModel.unedited`). A model whose updates do not all exist at once is asked
+    all about some records before the next ones (``chunk``).
+    """
+    size = len(records) if among is None else model.chunk or len(records)
+    frames = []
+    for part in tqdm(in_batches(len(records), max(1, size)), desc="records", leave=False, mininterval=2):
+        rows = None if among is None else among.view(len(records), -1)[part].flatten()
+        asked = _Asked(model, base, records[part], rows)
+        forced = asked.force() if "teacher_forced" in protocols else None
+        frames += [PROTOCOLS[p](asked, forced).assign(protocol=p) for p in protocols]
+    rows = pd.concat(frames, ignore_index=True)
+    order = rows["protocol"].map(list(protocols).index)
+    return rows.iloc[order.argsort(kind="stable")].reset_index(drop=True)
 
 
 def named(rows: pd.DataFrame, track: str, backbone: str, method: str) -> pd.DataFrame:
@@ -89,95 +102,87 @@ def shared(
     return rows.sort_values("protocol", kind="stable", ignore_index=True)  # as one process has them
 
 
-def _queries(records: Sequence[EditRecord]) -> tuple[list, list[str], pd.DataFrame]:
-    """All queries, record by record; their gold answers; and what identifies each row."""
-    queries = [r.queries[role] for r in records for role in ROLES]
-    gold = [r.answers[role] for r in records for role in ROLES]
-    frame = pd.DataFrame({
-        "record": np.repeat([r.id for r in records], len(ROLES)),
-        "role": list(ROLES) * len(records),
-        "question": [q.question for q in queries],
-    })  # fmt: skip
-    return queries, gold, frame
+class _Asked:
+    """The questions of some records, record by record; what a model says to them, and says without its edits
+    to those whose answer must stay.
+
+    These are asked apart from the others: so a question is asked twice only where both answers are compared.
+    """
+
+    def __init__(
+        self, model: EditedModel, base: MLLM, records: Sequence[EditRecord], among: torch.Tensor | None
+    ):
+        self.model, self.base, self.among = model, base, among
+        self.queries = [r.queries[role] for r in records for role in ROLES]
+        self.gold = [r.answers[role] for r in records for role in ROLES]
+        self.role = list(ROLES) * len(records)
+        self.stay = np.array([role not in CHANGES for role in self.role], bool)
+        self.record = np.repeat([r.id for r in records], len(ROLES))
+
+    def force(self) -> tuple[list[Forced], list[Forced | None]]:
+        """Predictions of the gold answers: after the edits, and before them (None where the answer must change)."""
+        return self._both(lambda who, rows: who.force(*self._of(rows, self.queries, self.gold)))
+
+    def answer(self, forced: tuple[list, list] | None) -> tuple[list[str], list[str | None]]:
+        """Greedy answers as :meth:`force`. Where ``forced`` shows them to be the gold ones they are not asked for."""
+        greedy = np.zeros(len(self.queries), bool)
+        if forced:
+            limit, pairs = self.base.encoder.reserve, zip(*forced, strict=True)
+            greedy[:] = [all(f.is_greedy(limit) for f in both if f is not None) for both in pairs]
+        known = np.flatnonzero(greedy)
+        ids = [self.base.encoder.answer(self.gold[i], eos=False) for i in known]
+        told = dict(zip(known, said(self.base.encoder, ids) if ids else [], strict=True))
+        after, before = self._both(lambda who, rows: who.answer(*self._of(rows, self.queries)), ~greedy)
+        for i, text in told.items():
+            after[i], before[i] = text, text if self.stay[i] else None
+        return after, before
+
+    def _both(self, ask: Callable, which: np.ndarray | None = None) -> tuple[list, list]:
+        """``ask`` (of a model, rows) of the rows ``which`` (all, if None): with the edits, and without them what must stay."""
+        which = np.ones(len(self.queries), bool) if which is None else which
+        after, before = ([None] * len(self.queries) for _ in range(2))
+        sides = (after, self.model, ~self.stay), (after, self.model, self.stay)
+        for found, who, mine in (*sides, (before, self.model.unedited(), self.stay)):
+            if len(rows := np.flatnonzero(mine & which)):
+                for i, result in zip(rows, ask(who, rows), strict=True):
+                    found[i] = result
+        return after, before
+
+    def _of(self, rows: np.ndarray, *columns: list) -> tuple:
+        """These rows of ``columns``, and which edit is in force for each."""
+        return *([c[i] for i in rows] for c in columns), None if self.among is None else self.among[rows]
+
+    def frame(self, **columns) -> pd.DataFrame:
+        """The columns that identify each row, and these."""
+        who = {"record": self.record, "question": [q.question for q in self.queries]}
+        return pd.DataFrame(who | columns | {"metric": [METRICS[role] for role in self.role]})
 
 
-def generated(
-    model: EditedModel,
-    base: MLLM,
-    records: Sequence[EditRecord],
-    among: torch.Tensor | None,
-    after: Sequence[Forced] = (),
-    before: Sequence[Forced] = (),
-) -> pd.DataFrame:
-    """Greedy answers, compared as the field does; unchanged = the base model's own answer. ``after``, ``before``: if
-    there are any, the gold answers' predictions by the model, and by the base model for what must stay."""
-    queries, gold, frame = _queries(records)
-    stays = ~frame["role"].isin(CHANGES)
-    kept = np.flatnonzero(stays)
-    own = _greedy(base.answer, base, [queries[i] for i in kept], [gold[i] for i in kept], before)
-    frame["expected"] = gold
-    frame.loc[stays, "expected"] = own
-    frame["answer"] = _greedy(model.answer, base, queries, gold, after, among)
-    frame["value"] = exact_match(frame["answer"], frame["expected"])
-    frame["strict"] = strict_match(frame["answer"], frame["expected"])
-    return _named(frame)
+def generated(asked: _Asked, forced: tuple[list, list] | None = None) -> pd.DataFrame:
+    """Greedy answers, compared as the field does; unchanged = the same answer as before the edit."""
+    answers, before = asked.answer(forced)
+    expected = [b if stays else g for b, g, stays in zip(before, asked.gold, asked.stay, strict=True)]
+    return asked.frame(
+        expected=expected,
+        answer=answers,
+        value=exact_match(answers, expected),
+        strict=strict_match(answers, expected),
+    )
 
 
-def _greedy(
-    answer: Callable,
-    base: MLLM,
-    queries: Sequence[Query],
-    gold: Sequence[str],
-    forced: Sequence[Forced],
-    among: torch.Tensor | None = None,
-) -> list[str]:
-    """Greedy answers (B). Where teacher forcing shows them to be the gold ones they need not be asked for."""
-    known = [i for i, f in enumerate(forced) if f.is_greedy]
-    ids = [base.encoder.answer(gold[i], eos=False) for i in known]
-    found = dict(zip(known, said(base.encoder, ids) if ids else [], strict=True))
-    rest = [i for i in range(len(queries)) if i not in found]
-    if rest:
-        asked = [queries[i] for i in rest], *(() if among is None else (among[rest],))
-        found |= zip(rest, answer(*asked), strict=True)
-    return [found[i] for i in range(len(queries))]
-
-
-def _force(
-    model: EditedModel, base: MLLM, records: Sequence[EditRecord], among: torch.Tensor | None
-) -> tuple[list[Forced], list[Forced]]:
-    """The gold answers' predictions by the model, and by the base model for the queries that must stay."""
-    queries, gold, frame = _queries(records)
-    kept = np.flatnonzero(~frame["role"].isin(CHANGES))
-    return model.force(queries, gold, among), base.force([queries[i] for i in kept], [gold[i] for i in kept])
-
-
-def teacher_forced(
-    model: EditedModel,
-    base: MLLM,
-    records: Sequence[EditRecord],
-    among: torch.Tensor | None,
-    after: Sequence[Forced] = (),
-    before: Sequence[Forced] = (),
-) -> pd.DataFrame:
-    """Token accuracy given the gold prefix; unchanged = the same top-k ids at every position. ``after`` and
-    ``before`` are as in :func:`generated`."""
-    if not after:
-        after, before = _force(model, base, records, among)
-    queries, gold, frame = _queries(records)
-    values, own = [token_accuracy(forced) for forced in after], iter(before)
-    for i, role in enumerate(frame["role"]):
-        if role not in CHANGES:
-            prefix = base.encoder.prefix_length(queries[i].image is not None)
-            values[i] = unchanged_share(next(own), after[i], TOP_K[role], prefix)
-    return _named(frame.assign(expected=gold, answer="", value=values, strict=values))
+def teacher_forced(asked: _Asked, forced: tuple[list, list]) -> pd.DataFrame:
+    """Token accuracy given the gold prefix; unchanged = the same top-k ids at every position."""
+    values = []
+    for query, role, after, before in zip(asked.queries, asked.role, *forced, strict=True):
+        if before is None:
+            values.append(token_accuracy(after))
+        else:
+            prefix = asked.base.encoder.prefix_length(query.image is not None)
+            values.append(unchanged_share(before, after, TOP_K[role], prefix))
+    return asked.frame(expected=asked.gold, answer="", value=values, strict=values)
 
 
 PROTOCOLS = {"generated": generated, "teacher_forced": teacher_forced}
-
-
-def _named(frame: pd.DataFrame) -> pd.DataFrame:
-    frame["metric"] = frame["role"].map(METRICS)
-    return frame.drop(columns="role")
 
 
 def save_rows(rows: pd.DataFrame, path: Path) -> None:

@@ -80,6 +80,10 @@ class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
         paths = [q.image for q in queries if q.image is not None]
         return self.projection(self.base.features(paths).to(self.projection.weight.device)) if paths else None
 
+    def unedited(self) -> _Base:
+        """What answers where there is no edit: the base model."""
+        return _Base(self.base)
+
     def loss(self, queries: Sequence[Query], edits: Sequence[Edit], answers: Sequence[str]) -> Tensor:
         """Mean cross-entropy of the answers' tokens, to be minimised on in-scope queries."""
         encoder = self.base.encoder
@@ -128,6 +132,19 @@ class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
 
         with self.mixed():
             return by_length(prompts, ask, batch_size or self.base.batch_size)
+
+
+class _Base:
+    """The base model in a counterfactual model's place: it answers as if there were no edit."""
+
+    def __init__(self, base: MLLM):
+        self.base = base
+
+    def answer(self, queries: Sequence[Query], edits: Sequence[Edit]) -> list[str]:
+        return self.base.answer(queries)
+
+    def force(self, queries: Sequence[Query], edits: Sequence[Edit], answers: Sequence[str]) -> list[Forced]:
+        return self.base.force(queries, answers)
 
 
 class LastLayers(CounterfactualModel):

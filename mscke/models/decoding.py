@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mscke.benchmark.answers import strict_answer
 from mscke.models.prompts import PromptEncoder, embed
 
-NEW_TOKENS = 6  # at most, of an answer
+NEW_TOKENS = 6  # at most, of an answer, unless the track's records have longer ones
 
 
 @torch.inference_mode()
@@ -21,15 +21,18 @@ def generate(
     encoder: PromptEncoder,
     prompts: list[list[int]],
     visual: Tensor | None,
-    max_new_tokens: int = NEW_TOKENS,
+    max_new_tokens: int | None = None,
 ) -> list[str]:
-    """Greedy answers. ``visual`` (V, n, d): one entry for each prompt with placeholders, in order."""
+    """Greedy answers, of at most ``max_new_tokens`` (the encoder's ``reserve``, unless given).
+
+    ``visual`` (V, n, d): one entry for each prompt with placeholders, in order.
+    """
     batch = encoder.collate(prompts, left=True)
     device = next(language_model.parameters()).device
     ids, mask = batch.ids.to(device), batch.mask.to(device)
     tokens = language_model.generate(
         inputs_embeds=embed(language_model, ids, encoder.image_id, visual), attention_mask=mask,
-        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=encoder.pad_id,
+        max_new_tokens=max_new_tokens or encoder.reserve or NEW_TOKENS, do_sample=False, pad_token_id=encoder.pad_id,
         eos_token_id=encoder.eos_id,
     )  # fmt: skip
     return said(encoder, tokens)
@@ -50,10 +53,10 @@ class Forced:
     top: np.ndarray
     ends: bool = False
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether greedy decoding would say just this: each token is the most likely one, and so is the end."""
-        return bool(self.ends and self.hits.all() and len(self.hits) <= NEW_TOKENS)
+    def is_greedy(self, limit: int = NEW_TOKENS) -> bool:
+        """Whether greedy decoding of at most ``limit`` tokens would say just this: each is the most likely one, and so
+        is the end."""
+        return bool(self.ends and self.hits.all() and len(self.hits) <= limit)
 
 
 @torch.inference_mode()
