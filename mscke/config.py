@@ -136,8 +136,8 @@ _TAUGHT = {"counterfactual": {"roles": ("reliability", "in_scope")}}
 #   the records. Here CLIP stays frozen, so that images are encoded once, and the head, which starts from
 #   nothing, keeps its own rate and batch; the passes are theirs.
 # * counterfactual: theirs, but for AdamW with one cycle of the rate where they hold Adam's constant.
-# * MEND: their rank, rate, batch (1, accumulated twice) and passes. The updates' own rate stays ours (0.7): a
-#   pair keeps the gradient's units here, theirs is normalised and scaled by 1e-4.
+# * MEND: their rank, rates (1e-6; 1e-4 for the updates' own), batch (1, accumulated twice) and passes. The updates'
+#   own rate α starts at ours (0.7): a pair keeps the gradient's units here, theirs is normalised and scaled by 1e-4.
 # * the last epoch is kept, theirs is selected on test samples.
 _PAPER = {
     "backbones": {
@@ -160,7 +160,7 @@ _PAPER = {
 _RECIPES = {
     "counterfactual": {"lr": 1e-5, "batch_size": 1, "clip": 100.0},
     "counterfactual MiniGPT-4": {"epochs": 3},  # 20k steps
-    "mend": {"lr": 1e-6, "batch_size": 2, "accumulate": 2, "rank": 1920, "clip": 100.0},
+    "mend": {"lr": 1e-6, "rate_lr": 1e-4, "batch_size": 2, "accumulate": 2, "rank": 1920, "clip": 100.0},
 }
 
 TRACKS = {

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mscke.checkpoint import gpus, publish, published, random_state, read, save, set_random_state, stop_asked
 from mscke.workers import accelerated
 
-USUAL = {"precision": "no", "patience": 0, "clip": 1.0}  # named in a checkpoint only where they differ
+USUAL = {"precision": "no", "patience": 0, "clip": 1.0, "rates": {}}  # named in a checkpoint only where they differ
 Loss = Callable[[Tensor, slice], Tensor]
 
 
@@ -43,6 +43,7 @@ def fit(
     save_every: int = 0,
     patience: int = 0,
     clip: float = 1.0,  # the gradient's largest norm
+    rates: dict[str, float] | None = None,
 ) -> pd.DataFrame:
     """AdamW with one cosine cycle over (epochs × batches): trains in place, returns the curve, a row an epoch.
 
@@ -50,6 +51,7 @@ def fit(
     parts it sums to that loss, so a step depends neither on the number of processes nor on ``accumulate``,
     the number of parts that each takes in turn. ``precision``, one a process: "no", "bf16", or what ``accelerate
     launch`` was told. ``checkpointing``: a model that can computes activations again instead of keeping them.
+    ``rates``: rates other than ``lr``, by how the names of the parameters end that they are for.
 
     A checkpoint is written every epoch, every ``save_every`` steps, and, when the run is interrupted, after
     the step under way; from it a run goes on as if never stopped. Weights and curve beside it are for others
@@ -63,7 +65,7 @@ def fit(
             part.activation_checkpointing_enable({"use_reentrant": False})
     accelerator = accelerated(accumulate, precision, next(model.parameters()).device.type == "cpu")
     made_of = made_of | {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed}
-    told = {"precision": precision or "no", "patience": patience, "clip": clip}
+    told = {"precision": precision or "no", "patience": patience, "clip": clip, "rates": rates or {}}
     made_of |= {name: value for name, value in told.items() if value != USUAL[name]}
     run = _Run(accelerator, model, folder, made_of, n)
     if not run.over():
@@ -72,6 +74,17 @@ def fit(
         model.load_state_dict(run.best)
     model.eval()
     return pd.DataFrame(run.rows)
+
+
+def grouped(model: nn.Module, lr: float, rates: dict[str, float]) -> list[dict]:
+    """The trainable parameters by their rates, as torch's optimisers take them; ValueError if a rate is for none."""
+    groups = {end: [] for end in ("", *rates)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[next((end for end in rates if name.endswith(end)), "")].append(parameter)
+    if idle := [end for end in rates if not groups[end]]:
+        raise ValueError(f"no parameter's name ends with {' or '.join(map(repr, idle))}: nothing has this rate")
+    return [{"params": found, "lr": rates.get(end, lr)} for end, found in groups.items() if found]
 
 
 class _Forward(nn.Module):
@@ -93,9 +106,10 @@ class _Run:
         self.made_of, self.n = made_of, n
         self.patience, self.clip = (made_of.get(name, USUAL[name]) for name in ("patience", "clip"))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=made_of["lr"], weight_decay=0.01)
+        groups = grouped(model, made_of["lr"], made_of.get("rates", {}))
+        self.optimiser = torch.optim.AdamW(groups, weight_decay=0.01)
         steps = made_of["epochs"] * -(-n // made_of["batch_size"])
-        self.schedule = OneCycleLR(self.optimiser, made_of["lr"], steps, pct_start=0.1)
+        self.schedule = OneCycleLR(self.optimiser, [g["lr"] for g in groups], steps, pct_start=0.1)
         self._resume()
 
     def over(self) -> bool:

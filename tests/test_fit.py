@@ -157,6 +157,23 @@ def test_parts_make_the_same_step(tmp_path):
             torch.testing.assert_close(other[key], weight, rtol=0, atol=1e-5)
 
 
+def test_a_parameter_may_have_a_rate_of_its_own(tmp_path):
+    """The plain loop with two groups, and a rate that is for nothing is refused."""
+    own, plain = Toy(), Toy()
+    own.model[1].p = plain.model[1].p = 0.0
+    own.fit(tmp_path / "own", rates={"2.bias": 0.0})
+    plain.fit(tmp_path / "plain")
+    torch.manual_seed(0)
+    fresh = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0), torch.nn.Linear(8, 1))
+    assert torch.equal(own.model[2].bias, fresh[2].bias)  # a rate of nothing moves nothing
+    assert not torch.equal(plain.model[2].bias, fresh[2].bias)
+    assert not torch.equal(own.model[0].weight, fresh[0].weight)
+    with pytest.raises(ValueError, match="no parameter's name ends with 'log_rate'"):
+        Toy().fit(tmp_path / "idle", rates={"log_rate": 1.0})
+    with pytest.raises(ValueError, match="rates"):  # another run than the one that is kept there
+        Toy().fit(tmp_path / "own", rates={"2.bias": 1.0})
+
+
 @pytest.mark.parametrize(
     "held, epochs, best", [((3, 1, 2), 3, 2), ((1, 2, 3), 2, 1), ((1, 1, 0), 2, 1), ((3, 2, 1), 3, 3)]
 )

@@ -74,6 +74,12 @@ class MendNetworks(nn.Module, PyTorchModelHubMixin):
         names = matrices(language_model, layers)
         return cls({n: list(language_model.get_submodule(n).weight.shape) for n in names}, **kwargs)
 
+    def rates(self) -> dict[str, float]:
+        """The updates' rates α by the matrix's name."""
+        return {
+            n: self.networks[shape].log_rate[mode].exp().item() for n, (shape, mode) in self.place.items()
+        }
+
     def measure(self, gradients: Deltas) -> None:
         """Normalise pairs by those of ``gradients`` from now on: the base model is frozen, so once is enough."""
         for name, (shape, mode) in self.place.items():

@@ -62,9 +62,13 @@ def train_mend(
     seed: int = 0,
     c_edit: float = 1.0,
     c_loc: float = 1.0,
+    rate_lr: float | None = None,
     **options,
 ) -> pd.DataFrame:
-    """Train MEND's networks in place; returns the curve, resumes as :func:`mscke.fit.fit` says."""
+    """Train MEND's networks in place; returns the curve, resumes as :func:`mscke.fit.fit` says.
+
+    ``rate_lr``: at which the logarithms of the updates' rates α are learned, ``lr`` unless told.
+    """
     measured = min(MEASURED, mend.base.batch_size)  # all in one batch
     mend.networks.measure(mend.gradients([r.edit for r in train[:measured]]))
 
@@ -86,4 +90,5 @@ def train_mend(
     code = code_of("mscke.editors.mend", "mscke.editors.deltas", "mscke.editors.mend_training", "mscke.fit")
     made_of = {"records": digest(train), "frozen": frozen, "c_edit": c_edit, "c_loc": c_loc, "code": code}
     run = (folder, epochs, lr, batch_size, seed, made_of, partial(held_loss, share, validation, batch_size))
-    return fit(mend.networks, of_rows(share, train), evaluate, len(train), *run, **options)
+    rates = {"log_rate": rate_lr} if rate_lr else None
+    return fit(mend.networks, of_rows(share, train), evaluate, len(train), *run, rates=rates, **options)
