@@ -35,6 +35,7 @@ class Track:
     )  # what is trained -> arguments, if not the defaults
     image_size: int | None = None  # side of the images that an MLLM is shown, in pixels; None: its own
     device: str = "cpu"  # "auto": the GPU, if there is one
+    half: bool = False  # base models in bfloat16 on a CPU too
     eight_bit: bool = False  # language models in 8-bit integers (bitsandbytes), on a GPU only
     batch_size: int = 128  # queries that an MLLM is asked at once; more of mini's leave the processor's cache
     edits_at_once: int | None = None  # that FT-LLM keeps copies of weights for; None: all
@@ -179,13 +180,29 @@ TRACKS = {
     # the same through the same doors, on models and data of mscke.models.tiny
     "paper-tiny": Track(
         "paper-tiny", 48, 16, **_PAPER | {"workers": 2}, classifier_epochs=1, counterfactual_epochs=1, mend_epochs=1,
-        recipes={"mend": {"rank": 8}}, tiny=True, patience=0.0, ike_records=4, batch_size=64, edits_at_once=4,
+        recipes={"mend": {"rank": 8}}, tiny=True, half=True, patience=0.0, ike_records=4, batch_size=64, edits_at_once=4,
     ),
 }  # fmt: skip
 # BLIP-2 alone: for one GPU of 24 GB
 TRACKS["paper-blip2"] = replace(
     TRACKS["paper"], name="paper-blip2", backbones={"BLIP-2 OPT": _PAPER["backbones"]["BLIP-2 OPT"]},
     counterfactuals={"BLIP-2 OPT": "hub:facebook/opt-125m"},
+)  # fmt: skip
+# The paper's models at their shapes with random weights, on a few records of FGVEdit-Scenes: what would the track take?
+_DRY = {
+    "n_train": 64, "n_test": 24, "fetched": False, "half": True, "patience": 0.0, "ike_records": 4,
+    "clips": {"ViT-B-32": "ViT-B-32-quickgelu", "ViT-L-14": "ViT-L-14-quickgelu"},
+}  # fmt: skip
+TRACKS["paper-dry"] = replace(
+    TRACKS["paper"], **_DRY, name="paper-dry",
+    backbones={"BLIP-2 OPT": "shape:opt-2.7b", "MiniGPT-4": "shape:vicuna-7b"},
+    counterfactuals={"BLIP-2 OPT": "shape:opt-125m", "MiniGPT-4": "last:1"},
+)  # fmt: skip
+TRACKS["paper-dry-tiny"] = replace(
+    TRACKS["paper-dry"], name="paper-dry-tiny", recipes={"mend": {"rank": 8}}, image_size=42,
+    clips=_MINI["clips"], clip="mini-S",
+    backbones={"BLIP-2 OPT": "shape:opt-tiny", "MiniGPT-4": "shape:vicuna-tiny"},
+    counterfactuals={"BLIP-2 OPT": "shape:opt-tiny", "MiniGPT-4": "last:1"},
 )  # fmt: skip
 
 

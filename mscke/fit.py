@@ -21,7 +21,12 @@ from tqdm import tqdm
 from mscke.checkpoint import gpus, publish, published, random_state, read, save, set_random_state, stop_asked
 from mscke.workers import accelerated
 
-USUAL = {"precision": "no", "patience": 0, "clip": 1.0, "rates": {}}  # named in a checkpoint only where they differ
+USUAL = {
+    "precision": "no",
+    "patience": 0,
+    "clip": 1.0,
+    "rates": {},
+}  # named in a checkpoint only where they differ
 Loss = Callable[[Tensor, slice], Tensor]
 
 
@@ -83,7 +88,9 @@ def grouped(model: nn.Module, lr: float, rates: dict[str, float]) -> list[dict]:
         if parameter.requires_grad:
             groups[next((end for end in rates if name.endswith(end)), "")].append(parameter)
     if idle := [end for end in rates if not groups[end]]:
-        raise ValueError(f"no parameter's name ends with {' or '.join(map(repr, idle))}: nothing has this rate")
+        raise ValueError(
+            f"no parameter's name ends with {' or '.join(map(repr, idle))}: nothing has this rate"
+        )
     return [{"params": found, "lr": rates.get(end, lr)} for end, found in groups.items() if found]
 
 

@@ -1,7 +1,6 @@
 """What one query takes at the paper's sizes: FLOPs counted on shapes alone, and seconds layer by layer. Nothing is fetched.
 
-CLIP ViT-L/14 is open_clip's own definition. BLIP-2 OPT-2.7B is transformers' default vision tower (ViT-g) and
-Q-Former with a text model of OPT's published shape (Zhang et al., arXiv:2205.01068, Tab. 1).
+CLIP ViT-L/14 is open_clip's own definition, BLIP-2 OPT-2.7B is :mod:`mscke.models.shapes`'.
 
 ``python -m mscke.evaluation.paper_sizes`` prints both, and times the models whole, which takes 18 GB of memory.
 """
@@ -22,11 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mscke.classifier import ScopeClassifier
 from mscke.evaluation.cost import in_turns
 from mscke.models.clip import WORDS, Features
-
-OPT_2_7B = {
-    "hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "vocab_size": 50272,
-}  # fmt: skip
+from mscke.models.shapes import OPT_2_7B, blip2_config
 
 
 @torch.no_grad()
@@ -51,11 +46,7 @@ def _clip() -> open_clip.CLIP:
 
 
 def _blip2(side: int) -> hf.Blip2ForConditionalGeneration:
-    parts = {
-        "vision_config": hf.Blip2VisionConfig(image_size=side),
-        "qformer_config": hf.Blip2QFormerConfig(),
-    }
-    return hf.Blip2ForConditionalGeneration(hf.Blip2Config(**parts, text_config=hf.OPTConfig(**OPT_2_7B)))
+    return hf.Blip2ForConditionalGeneration(blip2_config("opt-2.7b", side))
 
 
 def _encode(clip: open_clip.CLIP) -> Callable:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mscke.benchmark.sample import Edit, Query
 from mscke.models.decoding import Forced, by_length, generate, teacher_force
@@ -55,6 +55,11 @@ class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
     def pretrained(cls, base: MLLM, folder: str | Path) -> CounterfactualModel:
         """The model of the base's family in ``folder``, with its tokenizer and a fresh projection."""
         text = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, weights_only=True)
+        return cls.around(base, text)
+
+    @classmethod
+    def around(cls, base: MLLM, text: PreTrainedModel) -> CounterfactualModel:
+        """The text model ``text`` of the base's family, in float32, with a fresh projection."""
         if text.get_input_embeddings().num_embeddings <= base.encoder.image_id:
             text.resize_token_embeddings(base.encoder.image_id + 1)
         model = cls(text.config.to_diff_dict(), base.model.config.qformer_config.hidden_size)

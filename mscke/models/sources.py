@@ -3,6 +3,7 @@
 * a folder, or for a CLIP what open_clip takes: used as it is;
 * ``hub:<repository>``: fetched, locked and verified by :mod:`mscke.benchmark.fetch`;
 * ``minigpt4:<BLIP-2>+<Vicuna>``: MiniGPT-4, composed once of these two and its published projection;
+* ``shape:<text model>``: the same architecture and sizes with random weights (:mod:`mscke.models.shapes`);
 * ``last:<n>``, for a counterfactual model: the base model's own last n decoder layers, copied and trained.
 """
 
@@ -15,8 +16,10 @@ from weakref import WeakValueDictionary
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 
+from mscke.benchmark import load_benchmark
 from mscke.benchmark.fetch import open_store
 from mscke.config import Track
+from mscke.models import shapes
 from mscke.models.compose import compose_minigpt4, memory_needed
 from mscke.models.counterfactual import CounterfactualModel, LastLayers
 from mscke.models.mllm import MLLM
@@ -49,16 +52,22 @@ def device_of(track: Track) -> torch.device:
 
 
 def load_mllm(track: Track, backbone: str, cache: Path | None = None) -> MLLM:
-    """The frozen base model ``backbone``: bfloat16 on a GPU, float32 on a CPU.
+    """The frozen base model ``backbone``: bfloat16 on a GPU or where the track says so, float32 else.
 
     Where models are fetched, what its weights take is said before they are loaded, and they are loaded once
     as long as anyone holds them. Raises MemoryError if the GPU has not that much left.
     """
     if held := _HELD.get((track.name, backbone, cache)):
         return held
-    folder, device = find(track, track.backbones[backbone]), device_of(track)
-    options = {"image_size": track.image_size, "batch_size": track.batch_size}
-    options["dtype"] = torch.bfloat16 if device.type == "cuda" else torch.float32
+    kind, _, shape = (source := track.backbones[backbone]).partition(":")
+    device, options = device_of(track), {"image_size": track.image_size, "batch_size": track.batch_size}
+    dtype = torch.bfloat16 if track.half or device.type == "cuda" else torch.float32
+    if kind == "shape":
+        check_memory(backbone, memory_needed(shapes.blip2_config(shape), dtype), device, rounded=False)
+        model = shapes.mllm(shape, list(texts_of(track)), device, dtype, track.seed)
+        _HELD[track.name, backbone, cache] = mllm = MLLM(*model, backbone, None, **options)
+        return mllm
+    folder, options["dtype"] = find(track, source), dtype
     if device.type == "cuda":
         options["device_map"] = {"": device.index}
     if track.fetched:
@@ -70,6 +79,14 @@ def load_mllm(track: Track, backbone: str, cache: Path | None = None) -> MLLM:
     if track.fetched:
         _HELD[track.name, backbone, cache] = mllm
     return mllm
+
+
+def texts_of(track: Track) -> set[str]:
+    """All that the track's records say."""
+    bench = load_benchmark(track)
+    records = [*bench.train, *bench.validation, *bench.test]
+    asked = {query.question for r in records for query in r.queries.values()}
+    return asked | {answer for r in records for answer in r.answers.values()}
 
 
 def check_memory(name: str, needed: int, device: torch.device, rounded: bool) -> None:
@@ -101,7 +118,11 @@ def make_counterfactual(track: Track, base: MLLM) -> CounterfactualModel:
     if source.startswith("last:"):
         return LastLayers(base, int(source.removeprefix("last:")))
     if source:
-        model = CounterfactualModel.pretrained(base, find(track, source))
+        kind, _, shape = source.partition(":")
+        if kind == "shape":
+            model = CounterfactualModel.around(base, shapes.text_model(shape, track.seed))
+        else:
+            model = CounterfactualModel.pretrained(base, find(track, source))
         positions = model.language_model.config.max_position_embeddings
         if positions < base.encoder.positions:
             raise ValueError(

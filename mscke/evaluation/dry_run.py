@@ -1,0 +1,236 @@
+"""The parts of a dry run of the paper track: its work at its real sizes, on random weights, on a few records.
+
+Every method takes a few training steps, edits and answers the records; an edit of nothing must read 100; the benches
+run. A part that fails is told of, and the next one begins. :mod:`mscke.report.dry_run` is the command.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from mscke.benchmark import Benchmark
+from mscke.classifier import ScopeClassifier
+from mscke.config import Track
+from mscke.editors import build
+from mscke.editors.finetune import FineTune
+from mscke.editors.grid import load_clip
+from mscke.editors.ike import IKE, largest_k
+from mscke.editors.mend import MEND, MendNetworks
+from mscke.editors.mend_training import mend_loss
+from mscke.editors.mscke import MSCKE
+from mscke.editors.null import null_edits
+from mscke.editors.serac import MiniLMEncoder
+from mscke.evaluation import bench
+from mscke.evaluation.outcomes import own_scores
+from mscke.evaluation.peak import held
+from mscke.evaluation.protocol import evaluate
+from mscke.models.mllm import MLLM
+from mscke.models.sources import device_of, make_counterfactual
+from mscke.training import FINE_GRAINED, encode_records, scope_loss
+
+DEMONSTRATIONS = 32  # of IKE's longest context
+STEPS = 3  # of each training
+# what hours are reckoned from: names of parts
+IMAGES, COUNTERFACTUAL, MENDING, SCOPE, EVALUATION = (
+    "images", "counterfactual: training", "MEND: training", "scope classifier: training", ": evaluation",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One part: ``seconds`` for each of ``n`` units (NaN if it failed), peak bytes on the GPU and of the process."""
+
+    backbone: str
+    part: str
+    unit: str
+    n: int
+    seconds: float
+    gpu: int
+    host: int
+    note: str = ""
+
+
+@dataclass
+class Log:
+    """Runs parts one after the other until ``minutes`` are over; writes what is known after each."""
+
+    write: Callable[[Log], None]
+    minutes: float
+    rows: list[Row] = field(default_factory=list)
+    start: float = field(default_factory=perf_counter)
+
+    @property
+    def left(self) -> bool:
+        return perf_counter() - self.start < 60 * self.minutes
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows if row.note.startswith("FAILED")]
+
+    def part(self, backbone: str, name: str, work: Callable[[], object], unit: str = "call", n: int = 1):
+        """``work()`` timed and watched: what it returns, or None if it fails or the time is over.
+
+        A string that it returns is noted beside its figures.
+        """
+        if not self.left:
+            self._add(Row(backbone, name, unit, n, np.nan, 0, 0, "not run: the time was over"))
+            return None
+        gpu = torch.cuda.is_initialized()
+        if gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        begun, found, note = perf_counter(), None, ""
+        try:
+            found = work()
+            if gpu:
+                torch.cuda.synchronize()
+        except Exception as error:  # told of in the report, whatever it was
+            traceback.print_exc()
+            note = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        seconds = np.nan if note else (perf_counter() - begun) / n
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+        note = note or (found if isinstance(found, str) else "")
+        self._add(Row(backbone, name, unit, n, seconds, peak, host_peak(), note))
+        return found
+
+    def _add(self, row: Row) -> None:
+        self.rows.append(row)
+        told = f"{row.seconds:.3g} s a {row.unit}" if np.isfinite(row.seconds) else ""
+        print(
+            f"{row.backbone or 'shared':12} {row.part:34} {told:24} {row.note}", file=sys.stderr, flush=True
+        )
+        self.write(self)
+
+
+def host_peak() -> int:
+    """Peak memory of this process in bytes, whatever a GPU holds."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0 if torch.cuda.is_initialized() else held("VmHWM")
+    line = next(li for li in status.read_text(encoding="utf-8").splitlines() if li.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def steps(parameters: Sequence[torch.nn.Parameter], loss: Callable[[int], torch.Tensor], n: int) -> str:
+    """n steps of AdamW on ``loss(step)``, which must be finite; the first and the last loss."""
+    optimiser, told = torch.optim.AdamW(parameters, lr=1e-6), []
+    for step in range(n):
+        optimiser.zero_grad()
+        (value := loss(step)).backward()
+        optimiser.step()
+        told.append(value.item())
+    if not np.isfinite(told).all():
+        raise ArithmeticError(f"a loss that is not finite: {told}")
+    return f"loss {told[0]:.3g} to {told[-1]:.3g}"
+
+
+def shared_parts(log: Log, track: Track, data: Benchmark) -> tuple[ScopeClassifier, ScopeClassifier] | None:
+    """The parts that no backbone changes: both CLIPs, MiniLM, the scope classifier's steps and its search."""
+    few, found = data.test, None
+    images = sorted({r.edit.image for r in [*few, *data.train]})
+    for clip in track.clips:
+        encoder = log.part("", f"{clip}: load", lambda clip=clip: load_clip(track, clip), "model")
+        if encoder is None:
+            return None
+        encode = lambda encoder=encoder: encoder.images(images) is None  # noqa: E731
+        log.part("", f"{clip}: {IMAGES}", encode, "image", len(images))
+        if clip == track.clip:
+            found = encoder
+    classifier = ScopeClassifier(track.clip, encoder=found).to(device_of(track))
+    rows = torch.arange(len(data.train))
+
+    def loss(_: int) -> torch.Tensor:
+        edits, queries = encode_records(classifier, data.train)
+        return scope_loss(classifier, edits.select(rows), queries, FINE_GRAINED, 1.0)[0]
+
+    log.part("", "words of the records", lambda: encode_records(classifier, data.train) and "", "record", len(data.train))  # fmt: skip
+    log.part("", SCOPE, lambda: steps(list(classifier.parameters()), loss, STEPS),
+             f"step of {len(rows)} records", STEPS)  # fmt: skip
+    classifier = classifier.eval()
+    sentences = ScopeClassifier("MiniLM", fusion="text", encoder=MiniLMEncoder()).to(device_of(track)).eval()
+    look = lambda: bench.route(classifier, few, sizes=(1, 100), patience=track.patience) and ""  # noqa: E731
+    log.part("", "bench: lookups among 1 and 100 edits", look)
+    return classifier, sentences
+
+
+def backbone_parts(
+    log: Log, track: Track, data: Benchmark, backbone: str, scope: tuple[ScopeClassifier, ScopeClassifier]
+) -> None:
+    """Every part that a base model has a share in: training steps, all methods, the null edits, the benches."""
+    run = lambda *about, **kw: log.part(backbone, *about, **kw)  # noqa: E731
+    base = run("load", lambda: build.load_base(track, backbone), "model")
+    if base is None:
+        return
+    few, train = data.test, data.train
+    images = sorted({r.edit.image for r in [*few, *train]})
+    run(IMAGES, lambda: base.images(images) is None, "image", len(images))
+    in_scope = run("counterfactual: load", lambda: make_counterfactual(track, base), "model")
+    mend = run("MEND: measure on edits", lambda: measured(track, base, train), "edit", len(train))
+    if in_scope:
+        batch = track.recipe("counterfactual", backbone).get("batch_size", 64)
+        roles = ("reliability", "generality", "in_scope")
+
+        def of(step: int) -> torch.Tensor:
+            some = [train[(step * batch + i) % len(train)] for i in range(min(batch, len(train)))]
+            asked = [(r.queries[role], r.edit, r.answers[role]) for r in some for role in roles]
+            return in_scope.loss(*map(list, zip(*asked, strict=True)))
+
+        trained = [p for p in in_scope.parameters() if p.requires_grad]
+        run(COUNTERFACTUAL, lambda: steps(trained, of, STEPS), f"step of {batch} records", STEPS)
+        in_scope.eval()
+    if mend:
+        part = lambda step: mend_loss(mend, [train[step % len(train)]])  # noqa: E731
+        trained = list(mend.networks.parameters())
+        run(MENDING, lambda: steps(trained, part, STEPS), "record of a step", STEPS)
+        mend.networks.eval()
+    half = float(np.median(own_scores(scope[0], few)))  # of untrained scores: so either side answers
+    text = float(np.median(own_scores(scope[1], few)))
+    k = min(DEMONSTRATIONS, largest_k(base, train))
+    methods = {
+        "FT-LLM": lambda: FineTune(base, at_once=track.edits_at_once),
+        f"IKE, {k} demonstrations": lambda: IKE(base, train, MiniLMEncoder(), k),
+        "MEND": lambda: mend,
+        "SERAC": lambda: MSCKE(base, in_scope, scope[1], "SERAC", text),
+        "MSCKE": lambda: MSCKE(base, in_scope, scope[0], "MSCKE", half),
+        "MSCKE-MEND": lambda: MSCKE(base, mend, scope[0], "MSCKE-MEND", half),
+    }
+    for name, make in methods.items():
+        ask = lambda make=make: evaluate(make(), base, few, track.name) is None  # noqa: E731
+        run(f"{name}{EVALUATION}", ask, "record", len(few))
+    for null in null_edits(base, scope[0], track.edits_at_once):
+        run(f"an edit of nothing, {null.name}", lambda null=null: unchanged(null, base, few), "record", len(few))  # fmt: skip
+    if in_scope:
+        editor = MSCKE(base, in_scope, scope[0], "MSCKE", half)
+        run(
+            "bench: evaluation three ways",
+            lambda: bench.evaluation(editor, base, few[:4], track.name, 0) and "",
+        )
+    tune = lambda: bench.fine_tuning(FineTune(base), few[:2], track.edits_at_once, 0) and ""  # noqa: E731
+    run("bench: fine-tuning two ways", tune)
+
+
+def measured(track: Track, base: MLLM, train: Sequence) -> MEND:
+    """MEND beside ``base``, its pairs' statistics taken from the gradients of ``train``'s edits."""
+    rank = track.recipe("mend").get("rank", 128)
+    mend = MEND(base, MendNetworks.beside(base, rank=rank).to(base.model.device))
+    mend.networks.measure(mend.gradients([r.edit for r in train[: base.batch_size]]))
+    return mend
+
+
+def unchanged(null, base: MLLM, records: Sequence) -> str:
+    """What a null edit reads in M_out and Locality, under both protocols; ArithmeticError if not 100."""
+    rows = evaluate(null, base, records, "dry")
+    stays = rows[rows["metric"].isin(["m_out", "locality"])]
+    read = 100 * stays.groupby(["protocol", "metric"])["value"].mean()
+    told = ", ".join(f"{value:.2f}" for value in read)
+    if (read < 100).any():
+        raise ArithmeticError(f"an edit of nothing reads {told}")
+    return f"reads {told}"
