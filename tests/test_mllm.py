@@ -1,5 +1,9 @@
 """The multimodal language models: batching, where visual tokens go, decoding, teacher forcing."""
 
+import gc
+import hashlib
+import weakref
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -112,9 +116,36 @@ def test_other_eyes_share_nothing(mllm_folders, tmp_path):
         next(model.qformer.parameters()),
         model.query_tokens,
     ):
-        parameter.data.add_(1e-3)
+        with torch.no_grad():
+            parameter.add_(1e-3)
         names.add(mllm.eyes())
     assert len(names) == 4
+
+
+def test_frozen_weights_are_named_once(mllm_folders, records, monkeypatch):
+    """Making a model costs no hash, and however many are made around one, its weights are hashed once."""
+    hashed, sha256 = [], hashlib.sha256
+    monkeypatch.setattr("mscke.models.features.hashlib.sha256", lambda *a: hashed.append(1) or sha256(*a))
+    mllm = MLLM.from_pretrained(mllm_folders["opt"], "BLIP-2")
+    others = [MLLM(mllm.model, mllm.tokenizer, "again") for _ in range(3)]
+    assert not hashed
+    for one in (mllm, *others):
+        one.features([records[0].edit.image])
+    queries = len(others)  # the query tokens, no module of their own, are hashed for each
+    assert len(hashed) == 3 + queries
+
+
+def test_a_model_is_gone_when_nobody_holds_it(mllm_folders, records):
+    """Without the collector: on a GPU the next one needs its room."""
+    mllm = MLLM.from_pretrained(mllm_folders["opt"], "BLIP-2")
+    mllm.answer([records[0].in_scope])
+    gone = weakref.ref(mllm), weakref.ref(mllm.model)
+    gc.disable()
+    try:
+        del mllm
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_visual_tokens_go_where_they_belong(mllm, queries):

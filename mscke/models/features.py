@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,13 +15,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+_NAMED: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = (
+    WeakKeyDictionary()
+)  # frozen ones, as they were then
+
 
 def fingerprint(module: nn.Module) -> str:
-    """Sixteen hex digits that name a module's weights."""
+    """Sixteen hex digits that name a module's weights. Those of a frozen one are hashed once, and again only where
+    torch has seen one of them change since."""
+    tensors = sorted(module.state_dict().items())
+    frozen = not any(p.requires_grad for p in module.parameters())
+    now = tuple((name, t.data_ptr(), None if t.is_inference() else t._version) for name, t in tensors)
+    if frozen and (known := _NAMED.get(module)) and known[0] == now:
+        return known[1]
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in tensors:
         digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    _NAMED[module] = now, digest.hexdigest()[:16]
+    return _NAMED[module][1]
 
 
 class FeatureTable:

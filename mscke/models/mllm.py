@@ -8,7 +8,9 @@ the two is a :class:`PromptFormat`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from weakref import WeakMethod
 
 import numpy as np
 import torch
@@ -65,8 +67,7 @@ class MLLM:
             )
         self.image_size = image_size or model.config.vision_config.image_size
         self.batch_size = batch_size
-        table = f"qformer-{self.eyes()}-{self.image_size}.safetensors"
-        self.images = ImageTable(self._look, cache and cache / table, max(1, batch_size // 2))
+        self.cache = cache
         self._answers: dict[Query, str] = {}
         self._forced: dict[tuple[Query, str], Forced] = {}
 
@@ -90,6 +91,14 @@ class MLLM:
             folder, use_safetensors=True, trust_remote_code=False, **kwargs
         )
         return cls(model, AutoTokenizer.from_pretrained(folder), name, cache, image_size, batch_size)
+
+    @cached_property
+    def images(self) -> ImageTable:
+        """The table of the images' features. It does not hold the model: this is gone once nobody else does."""
+        table = f"qformer-{self.eyes()}-{self.image_size}.safetensors"
+        look = WeakMethod(self._look)
+        compute = lambda paths: look()(paths)  # noqa: E731
+        return ImageTable(compute, self.cache and self.cache / table, max(1, self.batch_size // 2))
 
     def eyes(self) -> str:
         """Names the weights that see: two models on one vision tower and Q-Former share features."""
