@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from mscke.benchmark.answers import strict_answer
+from mscke.benchmark.sample import Query
 from mscke.classifier import ScopeClassifier
+from mscke.editors.deltas import matrices
 from mscke.editors.mend import MEND, MendNetworks
 from mscke.editors.mend_training import mend_loss, train_mend
 from mscke.editors.mscke import MSCKE
@@ -67,6 +69,33 @@ def test_untrained_it_is_a_gradient_step(mllm, few, measured):
             gradient = model.get_submodule(name).weight.grad
             assert gradient.norm() > 1e-6
             torch.testing.assert_close(update[k], -RATE * gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_what_padding_feels_is_nothing(mllm, few):
+    """On a GPU attention's gradient at padding may be no number; an update must not hold it."""
+    editor, edits = mend(mllm, layers=1), [r.edit for r in few]
+    expected = dense(editor, edits)
+    ids = mllm.prompts([Query(e.prompt, e.image) for e in edits])
+    read = mllm.encoder.collate(ids, [mllm.encoder.answer(e.answer) for e in edits], left=True)
+    assert not read.mask.all()
+    padded = (read.mask == 0).flatten()
+
+    def poison(_module, _args, output):
+        nan = lambda g: torch.where(padded.view(*g.shape[:-1], 1), torch.nan, g)  # noqa: E731
+        output.requires_grad_().register_hook(nan)
+
+    language_model = mllm.model.language_model
+    hooks = [
+        language_model.get_submodule(n).register_forward_hook(poison) for n in matrices(language_model, 1)
+    ]
+    try:
+        found = dense(editor, edits)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, update in expected.items():
+        assert update.norm() > 0
+        torch.testing.assert_close(found[name], update)
 
 
 def test_shapes_share_a_network_and_matrices_have_their_own_rate(mllm):

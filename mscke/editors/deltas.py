@@ -239,6 +239,9 @@ def gradient(language_model: nn.Module, names: Sequence[str], reading: Reading) 
     factors, rows = {}, len(losses)
     for (name, (u, _)), y in zip(seen.items(), left, strict=True):
         y, u = (f.reshape(rows, -1, f.shape[-1]) for f in (y, u))
+        # attention leaves at padding what it likes, on a GPU no number too; and nothing times that is no nothing
+        real = reading.mask[:, -y.shape[1] :, None].bool()
+        y, u = (torch.where(real, f, 0) for f in (y, u))
         felt = y.any(-1).any(0)  # by the last layer's MLP only where the answer is predicted
         factors[name] = LowRank(y[:, felt].float(), u[:, felt].float())
     return losses.detach(), factors

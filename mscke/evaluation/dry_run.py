@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -75,10 +76,19 @@ class Log:
     def failed(self) -> list[Row]:
         return [row for row in self.rows if row.note.startswith("FAILED")]
 
-    def part(self, backbone: str, name: str, work: Callable[[], object], unit: str = "call", n: int = 1):
+    def part(
+        self,
+        backbone: str,
+        name: str,
+        work: Callable[[], object],
+        unit: str = "call",
+        n: int = 1,
+        warm: Callable[[], object] = lambda: None,
+    ):
         """``work()`` timed and watched: what it returns, or None if it fails or the time is over.
 
-        A string that it returns is noted beside its figures.
+        A string that it returns is noted beside its figures. ``warm()`` comes first and is not timed: what is done
+        once a process, whatever the number of units.
         """
         if not self.left:
             self._add(Row(backbone, name, unit, n, np.nan, 0, 0, "not run: the time was over"))
@@ -89,6 +99,10 @@ class Log:
             torch.cuda.reset_peak_memory_stats()
         begun, found, note = perf_counter(), None, ""
         try:
+            warm()
+            if gpu:
+                torch.cuda.synchronize()
+            begun = perf_counter()
             found = work()
             if gpu:
                 torch.cuda.synchronize()
@@ -119,17 +133,23 @@ def host_peak() -> int:
     return 1024 * int(line.split()[1])
 
 
-def steps(parameters: Sequence[torch.nn.Parameter], loss: Callable[[int], torch.Tensor], n: int) -> str:
-    """n steps of AdamW on ``loss(step)``, which must be finite; the first and the last loss."""
-    optimiser, told = torch.optim.AdamW(parameters, lr=1e-6), []
-    for step in range(n):
-        optimiser.zero_grad()
-        (value := loss(step)).backward()
-        optimiser.step()
-        told.append(value.item())
-    if not np.isfinite(told).all():
-        raise ArithmeticError(f"a loss that is not finite: {told}")
-    return f"loss {told[0]:.3g} to {told[-1]:.3g}"
+class Steps:
+    """AdamW on ``loss(step)``, which must be finite."""
+
+    def __init__(self, module: torch.nn.Module, loss: Callable[[int], torch.Tensor]):
+        self.loss, self.told = loss, []
+        self.optimiser = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-6)
+
+    def __call__(self, n: int) -> str:
+        """n more steps; the first and the last loss."""
+        for _ in range(n):
+            self.optimiser.zero_grad()
+            (value := self.loss(len(self.told))).backward()
+            self.optimiser.step()
+            self.told.append(value.item())
+        if not np.isfinite(self.told).all():
+            raise ArithmeticError(f"a loss that is not finite: {self.told}")
+        return f"loss {self.told[0]:.3g} to {self.told[-1]:.3g}"
 
 
 def shared_parts(log: Log, track: Track, data: Benchmark) -> tuple[ScopeClassifier, ScopeClassifier] | None:
@@ -141,7 +161,8 @@ def shared_parts(log: Log, track: Track, data: Benchmark) -> tuple[ScopeClassifi
         if encoder is None:
             return None
         encode = lambda encoder=encoder: encoder.images(images) is None  # noqa: E731
-        log.part("", f"{clip}: {IMAGES}", encode, "image", len(images))
+        warm = lambda encoder=encoder: encoder.images(images[:1])  # noqa: E731
+        log.part("", f"{clip}: {IMAGES}", encode, "image", len(images) - 1, warm)
         if clip == track.clip:
             found = encoder
     classifier = ScopeClassifier(track.clip, encoder=found).to(device_of(track))
@@ -152,8 +173,8 @@ def shared_parts(log: Log, track: Track, data: Benchmark) -> tuple[ScopeClassifi
         return scope_loss(classifier, edits.select(rows), queries, FINE_GRAINED, 1.0)[0]
 
     log.part("", "words of the records", lambda: encode_records(classifier, data.train) and "", "record", len(data.train))  # fmt: skip
-    log.part("", SCOPE, lambda: steps(list(classifier.parameters()), loss, STEPS),
-             f"step of {len(rows)} records", STEPS)  # fmt: skip
+    training = Steps(classifier, loss)
+    log.part("", SCOPE, lambda: training(STEPS), f"step of {len(rows)} records", STEPS, lambda: training(1))
     classifier = classifier.eval()
     sentences = ScopeClassifier("MiniLM", fusion="text", encoder=MiniLMEncoder()).to(device_of(track)).eval()
     look = lambda: bench.route(classifier, few, sizes=(1, 100), patience=track.patience) and ""  # noqa: E731
@@ -171,7 +192,8 @@ def backbone_parts(
         return
     few, train = data.test, data.train
     images = sorted({r.edit.image for r in [*few, *train]})
-    run(IMAGES, lambda: base.images(images) is None, "image", len(images))
+    look = lambda: base.images(images) is None  # noqa: E731
+    run(IMAGES, look, "image", len(images) - 1, lambda: base.images(images[:1]))
     in_scope = run("counterfactual: load", lambda: make_counterfactual(track, base), "model")
     mend = run("MEND: measure on edits", lambda: measured(track, base, train), "edit", len(train))
     if in_scope:
@@ -183,13 +205,13 @@ def backbone_parts(
             asked = [(r.queries[role], r.edit, r.answers[role]) for r in some for role in roles]
             return in_scope.loss(*map(list, zip(*asked, strict=True)))
 
-        trained = [p for p in in_scope.parameters() if p.requires_grad]
-        run(COUNTERFACTUAL, lambda: steps(trained, of, STEPS), f"step of {batch} records", STEPS)
+        training = Steps(in_scope, of)
+        run(COUNTERFACTUAL, lambda: training(STEPS), f"step of {batch} records", STEPS, lambda: training(1))
         in_scope.eval()
     if mend:
         part = lambda step: mend_loss(mend, [train[step % len(train)]])  # noqa: E731
-        trained = list(mend.networks.parameters())
-        run(MENDING, lambda: steps(trained, part, STEPS), "record of a step", STEPS)
+        mending = Steps(mend.networks, part)
+        run(MENDING, lambda: mending(STEPS), "record of a step", STEPS, lambda: mending(1))
         mend.networks.eval()
     half = float(np.median(own_scores(scope[0], few)))  # of untrained scores: so either side answers
     text = float(np.median(own_scores(scope[1], few)))
@@ -203,8 +225,8 @@ def backbone_parts(
         "MSCKE-MEND": lambda: MSCKE(base, mend, scope[0], "MSCKE-MEND", half),
     }
     for name, make in methods.items():
-        ask = lambda make=make: evaluate(make(), base, few, track.name) is None  # noqa: E731
-        run(f"{name}{EVALUATION}", ask, "record", len(few))
+        ask = lambda some, make=make: evaluate(make(), base, some, track.name) is None  # noqa: E731
+        run(f"{name}{EVALUATION}", partial(ask, few), "record", len(few), partial(ask, few[:1]))
     for null in null_edits(base, scope[0], track.edits_at_once):
         run(f"an edit of nothing, {null.name}", lambda null=null: unchanged(null, base, few), "record", len(few))  # fmt: skip
     if in_scope:

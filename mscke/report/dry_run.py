@@ -73,6 +73,8 @@ def hours(rows: Sequence[Row], track: Track) -> pd.DataFrame:
             units = full.n_test + (KS * full.ike_records if row.part.startswith("IKE") else 0)
         else:
             continue
+        if not np.isfinite(row.seconds):
+            continue
         found.append((row.backbone or "shared", row.part, round(units), units * row.seconds / 3600))
     return pd.DataFrame(found, columns=["backbone", "job", "units", "hours"])
 
@@ -90,7 +92,8 @@ def write_report(rows: Sequence[Row], track: Track, path: Path) -> None:
     lines = [
         "# A dry run of the paper track",
         f"The models have their published shapes and **random weights**: nothing here says how well anything edits. "
-        f"{track.n_test} records of FGVEdit-Scenes at {track.image_size}² pixels, {_where(track)}.",
+        f"{track.n_test} records of FGVEdit-Scenes at {track.image_size}² pixels, {_where(track)}; of half the edits "
+        "asked the scope classifier says yes.",
         f"**{len(failed)} of {len(table)} parts failed.** " + ("" if failed.empty else "See their notes."),
         "`seconds` are for one unit; `gpu` and `host` are peak memory in GB (`host`: of the process so far).",
         table.rename(columns={"gpu": "gpu GB", "host": "host GB"}).to_markdown(index=False),
