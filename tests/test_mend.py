@@ -14,6 +14,7 @@ from mscke.editors.deltas import matrices
 from mscke.editors.mend import MEND, MendNetworks
 from mscke.editors.mend_training import mend_loss, train_mend
 from mscke.editors.mscke import MSCKE
+from mscke.editors.reading import read
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
 from mscke.models.prompts import embed
@@ -76,9 +77,9 @@ def test_what_padding_feels_is_nothing(mllm, few):
     editor, edits = mend(mllm, layers=1), [r.edit for r in few]
     expected = dense(editor, edits)
     ids = mllm.prompts([Query(e.prompt, e.image) for e in edits])
-    read = mllm.encoder.collate(ids, [mllm.encoder.answer(e.answer) for e in edits], left=True)
-    assert not read.mask.all()
-    padded = (read.mask == 0).flatten()
+    batch = mllm.encoder.collate(ids, [mllm.encoder.answer(e.answer) for e in edits], left=True)
+    assert not batch.mask.all()
+    padded = (batch.mask == 0).flatten()
 
     def poison(_module, _args, output):
         nan = lambda g: torch.where(padded.view(*g.shape[:-1], 1), torch.nan, g)  # noqa: E731
@@ -230,3 +231,24 @@ def test_networks_survive_the_disk(mllm, few, tmp_path):
     loaded = MEND(mllm, MendNetworks.from_pretrained(tmp_path))
     for name, update in dense(editor, [few[0].edit]).items():
         assert torch.equal(update, dense(loaded, [few[0].edit])[name])
+
+
+def test_padding_attends_to_something_and_no_token_to_padding(mllm, few):
+    reading = read(mllm, [r.queries["reliability"] for r in few], [r.edit.answer for r in few])
+    mask = reading.inputs["attention_mask"]
+    assert mask.any(-1).all() and not reading.mask.all()
+    real = reading.mask.bool()
+    for row, keys in enumerate(real):
+        tokens = mask[row, 0][keys]
+        assert not tokens[:, ~keys].any() and torch.equal(tokens[:, keys], tokens[:, keys].tril())
+    plain = reading.inputs | {"attention_mask": reading.mask}
+    del plain["position_ids"]  # as the model counts them from a mask
+    language_model = mllm.model.language_model
+    with torch.no_grad():
+        found, expected = (language_model(**inputs).logits for inputs in (reading.inputs, plain))
+    assert torch.equal(found, expected)
+
+
+def test_without_padding_the_mask_is_the_plain_one(mllm, few):
+    reading = read(mllm, [few[0].in_scope] * 2, [few[0].edit.answer] * 2)
+    assert reading.inputs["attention_mask"] is reading.mask

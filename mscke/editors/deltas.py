@@ -7,13 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mscke.benchmark.sample import Query
 from mscke.models.decoding import Forced, generate, teacher_force
 from mscke.models.mllm import MLLM
-from mscke.models.prompts import embed
 
 ASKED = 3  # questions of a record at once, at most: those that its edit must change
 
@@ -173,75 +171,3 @@ def in_turn(rows: Tensor, n: int) -> bool:
 
 
 Stages = Iterator[tuple[int, DeltaModel]]  # sequential edits: (N, the model after N of them), N ascending
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Prompts and their answers as a language model reads them, padded on the left.
-
-    ``embedded`` (B, L, d), ``mask`` (B, L) long; the last T positions predict the answers and their
-    end token: ``labels`` (B, T) long, −100 where an answer is shorter.
-    """
-
-    embedded: Tensor
-    mask: Tensor
-    labels: Tensor
-
-    def __getitem__(self, rows: Tensor | slice) -> Reading:
-        return Reading(self.embedded[rows], self.mask[rows], self.labels[rows])
-
-    @property
-    def inputs(self) -> dict:
-        """What to call a language model with for logits (B, T, vocabulary)."""
-        return {
-            "inputs_embeds": self.embedded, "attention_mask": self.mask, "use_cache": False,
-            "logits_to_keep": self.labels.shape[1],
-        }  # fmt: skip
-
-    def loss(self, logits: Tensor) -> Tensor:
-        """Cross-entropy (B), mean over each answer's tokens."""
-        per_token = F.cross_entropy(logits.float().mT, self.labels, reduction="none")
-        return per_token.sum(1) / (self.labels >= 0).sum(1)
-
-
-@torch.no_grad()
-def read(base: MLLM, queries: Sequence[Query], answers: Sequence[str]) -> Reading:
-    """Questions and answers (B) in the base model's prompt format, on its device."""
-    encoder, language_model = base.encoder, base.model.language_model
-    ids = [encoder.answer(a) for a in answers]
-    batch, device = encoder.collate(base.prompts(queries), ids, left=True), language_model.device
-    embedded = embed(language_model, batch.ids.to(device), encoder.image_id, base.see(queries))
-    labels = batch.labels[:, -max(map(len, ids)) :]
-    return Reading(embedded, batch.mask.to(device), labels.to(device))
-
-
-def gradient(language_model: nn.Module, names: Sequence[str], reading: Reading) -> tuple[Tensor, Deltas]:
-    """Each row's loss (B) and its gradient by the named matrices, in its rank-one factors.
-
-    A linear map's gradient is Σ_t δ_t u_tᵀ: ``left`` the loss's gradient δ by the map's outputs,
-    ``right`` its inputs u, at every position t but those where no row's loss feels it. Both float32.
-    """
-    seen = {}
-
-    def keeps(name: str) -> Callable:
-        def hook(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            seen[name] = args[0].detach(), output.requires_grad_()
-
-        return hook
-
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for name in names:
-            stack.enter_context(language_model.get_submodule(name).register_forward_hook(keeps(name)))
-        losses = reading.loss(language_model(**reading.inputs).logits)
-        left = torch.autograd.grad(losses.sum(), [output for _, output in seen.values()])
-    factors, rows = {}, len(losses)
-    for (name, (u, _)), y in zip(seen.items(), left, strict=True):
-        y, u = (f.reshape(rows, -1, f.shape[-1]) for f in (y, u))
-        # attention leaves at padding what it likes, on a GPU no number too; and nothing times that is no nothing
-        real = reading.mask[:, -y.shape[1] :, None].bool()
-        y, u = (torch.where(real, f, 0) for f in (y, u))
-        felt = y.any(-1).any(0)  # by the last layer's MLP only where the answer is predicted
-        factors[name] = LowRank(y[:, felt].float(), u[:, felt].float())
-    return losses.detach(), factors

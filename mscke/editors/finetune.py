@@ -16,7 +16,8 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from mscke.benchmark.sample import EditRecord
-from mscke.editors.deltas import DeltaModel, Deltas, Dense, Reading, Stages, applied, gradient, matrices, read
+from mscke.editors.deltas import DeltaModel, Deltas, Dense, Stages, applied, matrices
+from mscke.editors.reading import Reading, gradient, read
 from mscke.models.decoding import in_batches
 from mscke.models.mllm import MLLM
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mscke.benchmark.sample import Edit, EditRecord, Query
-from mscke.editors.deltas import DeltaModel, Deltas, Dense, LowRank, Stages, applied, gradient, matrices, read
+from mscke.editors.deltas import DeltaModel, Deltas, Dense, LowRank, Stages, applied, matrices
+from mscke.editors.reading import gradient, read
 from mscke.models.decoding import Forced
 from mscke.models.mllm import MLLM
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from mscke.benchmark.answers import normalise_answer
 from mscke.benchmark.sample import EditRecord
 from mscke.checkpoint import code_of
-from mscke.editors.deltas import Reading, applied, read
+from mscke.editors.deltas import applied
 from mscke.editors.mend import MEND
+from mscke.editors.reading import Reading, read
 from mscke.fit import fit
 from mscke.models.features import fingerprint
 from mscke.training import IN_ROLES, ROLES, digest, held_loss, of_rows, tokens
@@ -87,7 +88,12 @@ def train_mend(
         return {f"right_{r}": float(v) for r, v in zip(ROLES, right, strict=True)}
 
     frozen = fingerprint(mend.base.model)
-    code = code_of("mscke.editors.mend", "mscke.editors.deltas", "mscke.editors.mend_training", "mscke.fit")
+    code = code_of(
+        *(
+            f"mscke.{m}"
+            for m in ("editors.mend", "editors.deltas", "editors.reading", "editors.mend_training", "fit")
+        )
+    )
     made_of = {"records": digest(train), "frozen": frozen, "c_edit": c_edit, "c_loc": c_loc, "code": code}
     run = (folder, epochs, lr, batch_size, seed, made_of, partial(held_loss, share, validation, batch_size))
     rates = {"log_rate": rate_lr} if rate_lr else None

@@ -6,15 +6,11 @@ run. A part that fails is told of, and the next one begins. :mod:`mscke.report.d
 
 from __future__ import annotations
 
-import sys
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from time import perf_counter
 
 import numpy as np
+import pandas as pd
 import torch
 
 from mscke.benchmark import Benchmark
@@ -30,126 +26,21 @@ from mscke.editors.mscke import MSCKE
 from mscke.editors.null import null_edits
 from mscke.editors.serac import MiniLMEncoder
 from mscke.evaluation import bench
+from mscke.evaluation.cost import components, counts, latency
+from mscke.evaluation.many_edits import ask_sequences
 from mscke.evaluation.outcomes import own_scores
-from mscke.evaluation.peak import held
 from mscke.evaluation.protocol import evaluate
+from mscke.evaluation.watch import Log, Steps
 from mscke.models.mllm import MLLM
 from mscke.models.sources import device_of, make_counterfactual
 from mscke.training import FINE_GRAINED, encode_records, scope_loss
 
 DEMONSTRATIONS = 32  # of IKE's longest context
-STEPS = 3  # of each training
+STEPS, WARM = 20, 5  # of each training, timed and before
 # what hours are reckoned from: names of parts
 IMAGES, COUNTERFACTUAL, MENDING, SCOPE, EVALUATION = (
     "images", "counterfactual: training", "MEND: training", "scope classifier: training", ": evaluation",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Row:
-    """One part: ``seconds`` for each of ``n`` units (NaN if it failed), peak bytes on the GPU and of the process."""
-
-    backbone: str
-    part: str
-    unit: str
-    n: int
-    seconds: float
-    gpu: int
-    host: int
-    note: str = ""
-
-
-@dataclass
-class Log:
-    """Runs parts one after the other until ``minutes`` are over; writes what is known after each."""
-
-    write: Callable[[Log], None]
-    minutes: float
-    rows: list[Row] = field(default_factory=list)
-    start: float = field(default_factory=perf_counter)
-
-    @property
-    def left(self) -> bool:
-        return perf_counter() - self.start < 60 * self.minutes
-
-    @property
-    def failed(self) -> list[Row]:
-        return [row for row in self.rows if row.note.startswith("FAILED")]
-
-    def part(
-        self,
-        backbone: str,
-        name: str,
-        work: Callable[[], object],
-        unit: str = "call",
-        n: int = 1,
-        warm: Callable[[], object] = lambda: None,
-    ):
-        """``work()`` timed and watched: what it returns, or None if it fails or the time is over.
-
-        A string that it returns is noted beside its figures. ``warm()`` comes first and is not timed: what is done
-        once a process, whatever the number of units.
-        """
-        if not self.left:
-            self._add(Row(backbone, name, unit, n, np.nan, 0, 0, "not run: the time was over"))
-            return None
-        gpu = torch.cuda.is_initialized()
-        if gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        begun, found, note = perf_counter(), None, ""
-        try:
-            warm()
-            if gpu:
-                torch.cuda.synchronize()
-            begun = perf_counter()
-            found = work()
-            if gpu:
-                torch.cuda.synchronize()
-        except Exception as error:  # told of in the report, whatever it was
-            traceback.print_exc()
-            note = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        seconds = np.nan if note else (perf_counter() - begun) / n
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
-        note = note or (found if isinstance(found, str) else "")
-        self._add(Row(backbone, name, unit, n, seconds, peak, host_peak(), note))
-        return found
-
-    def _add(self, row: Row) -> None:
-        self.rows.append(row)
-        told = f"{row.seconds:.3g} s a {row.unit}" if np.isfinite(row.seconds) else ""
-        print(
-            f"{row.backbone or 'shared':12} {row.part:34} {told:24} {row.note}", file=sys.stderr, flush=True
-        )
-        self.write(self)
-
-
-def host_peak() -> int:
-    """Peak memory of this process in bytes, whatever a GPU holds."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0 if torch.cuda.is_initialized() else held("VmHWM")
-    line = next(li for li in status.read_text(encoding="utf-8").splitlines() if li.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
-class Steps:
-    """AdamW on ``loss(step)``, which must be finite."""
-
-    def __init__(self, module: torch.nn.Module, loss: Callable[[int], torch.Tensor]):
-        self.loss, self.told = loss, []
-        self.optimiser = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-6)
-
-    def __call__(self, n: int) -> str:
-        """n more steps; the first and the last loss."""
-        for _ in range(n):
-            self.optimiser.zero_grad()
-            (value := self.loss(len(self.told))).backward()
-            self.optimiser.step()
-            self.told.append(value.item())
-        if not np.isfinite(self.told).all():
-            raise ArithmeticError(f"a loss that is not finite: {self.told}")
-        return f"loss {self.told[0]:.3g} to {self.told[-1]:.3g}"
 
 
 def shared_parts(log: Log, track: Track, data: Benchmark) -> tuple[ScopeClassifier, ScopeClassifier] | None:
@@ -174,7 +65,9 @@ def shared_parts(log: Log, track: Track, data: Benchmark) -> tuple[ScopeClassifi
 
     log.part("", "words of the records", lambda: encode_records(classifier, data.train) and "", "record", len(data.train))  # fmt: skip
     training = Steps(classifier, loss)
-    log.part("", SCOPE, lambda: training(STEPS), f"step of {len(rows)} records", STEPS, lambda: training(1))
+    log.part(
+        "", SCOPE, lambda: training(STEPS), f"step of {len(rows)} records", STEPS, lambda: training(WARM)
+    )
     classifier = classifier.eval()
     sentences = ScopeClassifier("MiniLM", fusion="text", encoder=MiniLMEncoder()).to(device_of(track)).eval()
     look = lambda: bench.route(classifier, few, sizes=(1, 100), patience=track.patience) and ""  # noqa: E731
@@ -206,12 +99,14 @@ def backbone_parts(
             return in_scope.loss(*map(list, zip(*asked, strict=True)))
 
         training = Steps(in_scope, of)
-        run(COUNTERFACTUAL, lambda: training(STEPS), f"step of {batch} records", STEPS, lambda: training(1))
+        run(
+            COUNTERFACTUAL, lambda: training(STEPS), f"step of {batch} records", STEPS, lambda: training(WARM)
+        )
         in_scope.eval()
     if mend:
         part = lambda step: mend_loss(mend, [train[step % len(train)]])  # noqa: E731
         mending = Steps(mend.networks, part)
-        run(MENDING, lambda: mending(STEPS), "record of a step", STEPS, lambda: mending(1))
+        run(MENDING, lambda: mending(STEPS), "record of a step", STEPS, lambda: mending(WARM))
         mend.networks.eval()
     half = float(np.median(own_scores(scope[0], few)))  # of untrained scores: so either side answers
     text = float(np.median(own_scores(scope[1], few)))
@@ -235,8 +130,20 @@ def backbone_parts(
             "bench: evaluation three ways",
             lambda: bench.evaluation(editor, base, few[:4], track.name, 0) and "",
         )
+        memory = bench.memory_of(scope[0], few, 100)
+        costs = lambda: components_cost(base, in_scope, scope[0], memory, few[:4]).empty  # noqa: E731
+        run("bench: parts counted and timed", costs)
+    for name, editor in {"FT-LLM": FineTune(base), "MEND": mend}.items():
+        chain = lambda editor=editor: ask_sequences(editor, base, few[:2], (1, 2)) is None  # noqa: E731
+        run(f"{name}: two edits in a row", chain, "edit", 2)
     tune = lambda: bench.fine_tuning(FineTune(base), few[:2], track.edits_at_once, 0) and ""  # noqa: E731
     run("bench: fine-tuning two ways", tune)
+
+
+def components_cost(*parts) -> pd.DataFrame:
+    """What each component takes: counted, and timed in a batch of four, as the notebook on costs does."""
+    made = components(*parts)
+    return counts(made).merge(latency(made, batch=len(parts[-1]), repeats=2), on="component")
 
 
 def measured(track: Track, base: MLLM, train: Sequence) -> MEND:

@@ -27,11 +27,10 @@ from mscke.evaluation.dry_run import (
     IMAGES,
     MENDING,
     SCOPE,
-    Log,
-    Row,
     backbone_parts,
     shared_parts,
 )
+from mscke.evaluation.watch import Log, Row
 from mscke.models.sources import device_of
 
 CPU_RECORDS = 2  # unless told: a record of BLIP-2 takes minutes there
