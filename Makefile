@@ -11,7 +11,7 @@ MAKEFLAGS += --no-builtin-rules
 .NOTPARALLEL: # one notebook after the other, whatever -j says: each has all cores, and kernels that start together race for ports
 
 # A variable that merely lies in the environment is not meant for us; on make's command line it is.
-$(foreach name,PYTHON PRESET DATA MODELS,$(if $(filter environment,$(origin $(name))),\
+$(foreach name,PYTHON PRESET DATA MODELS BACKBONE RECORDS MINUTES,$(if $(filter environment,$(origin $(name))),\
   $(warning $(name) of the environment is not taken; say make $(name)=… if it is meant)$(eval $(name) :=)$(eval unexport $(name))))
 BASE_PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3
 LOCK := requirements.lock
@@ -67,7 +67,7 @@ paper paper-data paper-check: export MSCKE_MODELS := $(call whole,$(MODELS))
 # The kernel "python3" is this environment's, even where the user has another of that name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help env active-env reproduce test smoke $(NOTEBOOKS:%=smoke-%) bench pretrain paper paper-data paper-check lab lock lint clean
+.PHONY: help env active-env reproduce test smoke $(NOTEBOOKS:%=smoke-%) bench pretrain paper paper-data paper-check paper-dry lab lock lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) \
@@ -142,6 +142,8 @@ test: $(ENV) ## run the tests, then the notebooks under nbval on a few dozen rec
 	@echo "== the paper track, from nothing, on tiny models and data"
 	rm -rf outputs/paper-tiny
 	$(MAKE) paper PRESET=tiny
+	@echo "== its dry run, on tiny shapes"
+	OMP_NUM_THREADS=1 $(MAKE) paper-dry PRESET=tiny RECORDS=4
 
 smoke: $(NOTEBOOKS:%=smoke-%) ## run the notebooks on a few dozen records into outputs/smoke/notebooks
 
@@ -181,6 +183,11 @@ $(PAPERS:%=$(PAPER_STAMPS)/%): $(PAPER_STAMPS)/%: notebooks/%.ipynb | $(ENV) $(P
 
 paper-data: $(ENV) ## fetch FGVEdit, the COCO images it names and the models; lock and verify them (DATA=, MODELS=)
 	$(RUN) -m mscke.benchmark.fetch
+
+# With a GPU both backbones, in less than ten minutes; without one BLIP-2 alone, on two records.
+paper-dry: $(ENV) ## run the paper track's work at its real sizes on random weights: hours and memory (BACKBONE=, RECORDS=, MINUTES=, PRESET=tiny)
+	$(RUN) -m mscke.report.dry_run --track paper-dry$(PRESET:%=-%) $(if $(BACKBONE),--backbone '$(BACKBONE)') \
+	  $(if $(RECORDS),--records $(RECORDS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 paper-check: $(ENV) ## say what the paper track has and lacks here; changes nothing
 	$(RUN) -m mscke.report.paper_check

@@ -161,6 +161,8 @@ _PAPER = {
 _RECIPES = {
     "counterfactual": {"lr": 1e-5, "batch_size": 1, "clip": 100.0},
     "counterfactual MiniGPT-4": {"epochs": 3},  # 20k steps
+    # EasyEdit's FT takes 5e-4 and 25 steps; ours are chosen on validation
+    "finetune": {"choices": ((1e-4, 25), (5e-4, 25), (5e-4, 50), (3e-3, 25))},
     "mend": {"lr": 1e-6, "rate_lr": 1e-4, "batch_size": 2, "accumulate": 2, "rank": 1920, "clip": 100.0},
 }
 
@@ -180,7 +182,7 @@ TRACKS = {
     # the same through the same doors, on models and data of mscke.models.tiny
     "paper-tiny": Track(
         "paper-tiny", 48, 16, **_PAPER | {"workers": 2}, classifier_epochs=1, counterfactual_epochs=1, mend_epochs=1,
-        recipes={"mend": {"rank": 8}}, tiny=True, half=True, patience=0.0, ike_records=4, batch_size=64, edits_at_once=4,
+        recipes={"mend": {"rank": 8}, "finetune": {"choices": ((5e-4, 2), (3e-3, 2))}}, tiny=True, half=True, patience=0.0, ike_records=4, batch_size=64, edits_at_once=4,
     ),
 }  # fmt: skip
 # BLIP-2 alone: for one GPU of 24 GB

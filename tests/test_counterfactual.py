@@ -1,11 +1,13 @@
 """The counterfactual model: it learns, through its own projection, and leaves the base model alone."""
 
+import copy
+
 import pytest
 import torch
 from safetensors import safe_open
 
 from mscke.benchmark.answers import strict_answer
-from mscke.models.counterfactual import CounterfactualModel
+from mscke.models.counterfactual import CounterfactualModel, LastLayers
 from mscke.models.features import fingerprint
 
 pytest_plugins = ["tiny"]
@@ -106,3 +108,23 @@ def test_save_and_load(mllm, four, tmp_path):
     assert loaded.answer(queries, edits) == model.answer(queries, edits)
     for a, b in zip(loaded.force(queries, edits, answers), model.force(queries, edits, answers), strict=True):
         assert (a.top == b.top).all()
+
+
+class Rounded(torch.nn.Linear):
+    """Stands for a matrix in 8 bits, whose scales move into the module that runs first."""
+
+
+Rounded.__module__ = "bitsandbytes.nn.modules"
+
+
+def test_what_is_in_eight_bits_is_shared_whole(minigpt4):
+    """Two modules on one such weight would take its scales from each other."""
+    base = copy.copy(minigpt4)
+    base.model = copy.deepcopy(minigpt4.model)
+    first, last = (base.model.language_model.get_decoder().layers[i] for i in (0, -1))
+    first.mlp.up_proj.__class__ = Rounded
+    mine = LastLayers(base).language_model.get_decoder().layers
+    assert mine[0].mlp.up_proj is first.mlp.up_proj  # one module
+    assert mine[0].mlp.down_proj is not first.mlp.down_proj  # another module of the same tensor
+    assert mine[0].mlp.down_proj.weight is first.mlp.down_proj.weight
+    assert mine[-1].mlp.up_proj.weight is not last.mlp.up_proj.weight  # what is trained is its own

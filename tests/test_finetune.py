@@ -7,7 +7,7 @@ import torch
 
 from mscke.benchmark.answers import strict_answer
 from mscke.editors.deltas import DeltaModel, Dense, LowRank, applied, matrices
-from mscke.editors.finetune import FineTune
+from mscke.editors.finetune import FineTune, choose_rate
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
 
@@ -189,3 +189,19 @@ def test_no_more_edits_are_in_memory_than_may_be(mllm, few):
     queries = [few[i].in_scope for i in among.tolist()]
     assert model.answer(queries, among) == together.answer(queries, among)
     assert max(asked) == 2
+
+
+def test_the_rate_is_the_one_that_does_best_on_validation(mllm, few):
+    """By hand: a rate of nothing keeps all and changes none."""
+    best, table = choose_rate(mllm, few, ((0.0, 1), (1e-2, 60)), at_once=2)
+    still, fitted = table.to_dict("records")
+    assert (still["lr"], still["steps"], fitted["steps"]) == (0.0, 1, 60)
+    assert still["locality"] == still["out_of_scope"] == 1 and fitted["reliability"] == 1
+    for row in (still, fitted):
+        assert row["specificity"] == (row["in_scope"] + row["out_of_scope"]) / 2
+        four = [row[name] for name in ("reliability", "generality", "locality", "specificity")]
+        assert row["score"] == pytest.approx(sum(four) / 4)
+    assert best == {
+        "lr": max(table.to_dict("records"), key=lambda r: r["score"])["lr"],
+        "steps": best["steps"],
+    }

@@ -277,3 +277,20 @@ def test_teacher_forcing_knows_what_greedy_decoding_says(folder, records):
     assert not any(
         f.is_greedy() for f in model.force(asked, ["seven sleepy owls and one more owl"] * len(asked))
     )
+
+
+def test_answers_may_be_as_long_as_the_records_have_them(mllm_folders):
+    mllm = MLLM.from_pretrained(mllm_folders["opt"], "BLIP-2")
+    before = mllm.encoder.reserve
+    mllm.make_room(["no", "two"])
+    assert mllm.encoder.reserve == before  # never fewer
+    mllm.make_room([long := "seven sleepy owls and one more owl on the blue card"])
+    assert mllm.encoder.reserve == len(mllm.encoder.answer(long, eos=False)) > before
+    query = Query("What is it?")
+    with torch.no_grad():
+        mllm.model.language_model.lm_head.weight.mul_(0)  # the first token, for ever
+    visual, prompts = None, mllm.prompts([query])
+    longest = generate(mllm.model.language_model, mllm.encoder, prompts, visual)
+    assert longest == generate(mllm.model.language_model, mllm.encoder, prompts, visual, mllm.encoder.reserve)
+    (forced,) = mllm.force([query], [long])
+    assert not forced.is_greedy(before)

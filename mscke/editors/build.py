@@ -7,6 +7,7 @@ one after the other, each on all processes.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 
 import pandas as pd
@@ -17,7 +18,7 @@ from mscke.checkpoint import code_of, read_kept
 from mscke.classifier import ScopeClassifier
 from mscke.config import Track, get_track
 from mscke.editors.base import Editor
-from mscke.editors.finetune import FineTune
+from mscke.editors.finetune import FineTune, choose_rate
 from mscke.editors.grid import SENTENCES, Shared, Spec
 from mscke.editors.ike import IKE, choose_k
 from mscke.editors.mend import MEND, MendNetworks
@@ -48,6 +49,9 @@ def load_base(track: Track, backbone: str) -> MLLM:
     Raises :class:`mscke.benchmark.sample.RecordError` for a record of the track that it has no room for.
     """
     base, bench = load_mllm(track, backbone, cache=track.features), load_benchmark(track)
+    base.make_room(
+        answer for r in (*bench.train, *bench.validation, *bench.test) for answer in r.answers.values()
+    )
     check_records(base, [*bench.train, *bench.validation, *bench.test])
     return base
 
@@ -89,7 +93,9 @@ def train_one(track_name: str, method: str, beside: str | None = None) -> None:
     elif beside is None:
         classifier(track, method)
     else:
-        make = {"MEND": mend, "IKE": ike_choices, "counterfactual": counterfactual}[method]
+        make = {
+            "MEND": mend, "IKE": ike_choices, "FT-LLM": fine_tune_choices, "counterfactual": counterfactual,
+        }[method]  # fmt: skip
         make(track, bench, load_base(track, beside))
 
 
@@ -100,13 +106,18 @@ def encode_images(track: Track, bench: Benchmark, eyes: str) -> None:
         encoder.images(sorted({r.edit.image for r in [*bench.train, *bench.validation, *bench.test]}))
 
 
+def _eyes(track: Track) -> list[str]:
+    """The backbones whose images are encoded ahead: all, or one where those that are generated with look alike."""
+    return list(track.backbones) if track.fetched else list(track.backbones)[:1]
+
+
 def train(track: Track) -> None:
     """Train all that the main table needs, ``track.workers`` at a time; what is finished already is left."""
     with processes().main_process_first():
         load_benchmark(track)
-    # the other backbones often look with the first one's eyes, so that by their turn its features are there
-    jobs = [(track.name, "images", eyes) for eyes in (*list(track.backbones)[:1], *track.clips)]
-    jobs += [(track.name, method, b) for method in ("MEND", "IKE", "counterfactual") for b in track.backbones]
+    jobs = [(track.name, "images", eyes) for eyes in (*_eyes(track), *track.clips)]
+    methods = ("MEND", "IKE", "FT-LLM", "counterfactual")
+    jobs += [(track.name, method, b) for method in methods for b in track.backbones]
     jobs += [(track.name, method) for method in SCOPED]
     in_processes(train_one, jobs, track.workers, "trainings")
 
@@ -125,18 +136,45 @@ def mend(
     return networks.eval(), curve
 
 
+def _measured(
+    track: Track, bench: Benchmark, base: MLLM, method: str, modules: tuple, measure: Callable
+) -> pd.DataFrame:
+    """The table that ``measure(validation records)`` makes of a method's choices; made once, and read later."""
+    held = bench.validation[: track.ike_records]
+    made_of = f"{fingerprint(base.model)[:8]}-{digest([*bench.train, *held])[:8]}-{code_of(*modules)}"
+    path = track.outputs / "trained" / f"{method}-{base.name}-{made_of}" / "validation.csv"
+    with processes().main_process_first():
+        if read_kept(path, pd.read_csv) is None:
+            _, table = measure(held)
+            write_whole(path, lambda p: table.to_csv(p, index=False))
+    return pd.read_csv(path)
+
+
 def ike_choices(track: Track, bench: Benchmark, backbone: str | MLLM) -> pd.DataFrame:
     """How IKE does on validation records by its number k of demonstrations, in shares; measured once."""
     base = load_base(track, backbone) if isinstance(backbone, str) else backbone
-    held = bench.validation[: track.ike_records]
-    code = code_of("mscke.editors.ike", "mscke.benchmark.answers")
-    made_of = f"{fingerprint(base.model)[:8]}-{digest([*bench.train, *held])[:8]}-{code}"
-    path = track.outputs / "trained" / f"ike-{base.name}-{made_of}" / "validation.csv"
-    with processes().main_process_first():
-        if read_kept(path, pd.read_csv) is None:
-            _, table = choose_k(base, bench.train, MiniLMEncoder(track.features), held)
-            write_whole(path, lambda p: table.to_csv(p, index=False))
-    return pd.read_csv(path)
+    modules = ("mscke.editors.ike", "mscke.editors.choose", "mscke.benchmark.answers")
+    choose = lambda held: choose_k(base, bench.train, MiniLMEncoder(track.features), held)  # noqa: E731
+    return _measured(track, bench, base, "ike", modules, choose)
+
+
+def fine_tune_choices(track: Track, bench: Benchmark, base: MLLM) -> pd.DataFrame:
+    """How FT-LLM does on validation records by its rate and steps, where the track has some to choose from: in shares."""
+    choices = track.recipe("finetune").get("choices", ())
+    if not choices:
+        return pd.DataFrame(columns=["lr", "steps"])
+    modules = ("mscke.editors.finetune", "mscke.editors.choose", "mscke.benchmark.answers")
+    choose = lambda held: choose_rate(base, held, choices, track.edits_at_once)  # noqa: E731
+    return _measured(track, bench, base, "finetune", modules, choose)
+
+
+def fine_tune(track: Track, bench: Benchmark, base: MLLM) -> FineTune:
+    """FT-LLM, with the rate and steps that do best on validation where the track has some to choose from."""
+    table, told = fine_tune_choices(track, bench, base), {}
+    if len(table):
+        best = table.loc[table["score"].idxmax()]
+        told = {"lr": float(best["lr"]), "steps": int(best["steps"])}
+    return FineTune(base, at_once=track.edits_at_once, **told)
 
 
 def ike(track: Track, bench: Benchmark, base: MLLM) -> IKE:
@@ -162,7 +200,7 @@ def routed(base: MLLM, in_scope: CounterfactualModel, scope: dict[str, ScopeClas
 def editor(track: Track, bench: Benchmark, base: MLLM, method: str) -> Editor:
     """The editor that tables call ``method``, one of :data:`METHODS`, trained."""
     if method == "FT-LLM":
-        return FineTune(base, at_once=track.edits_at_once)
+        return fine_tune(track, bench, base)
     if method == "IKE":
         return ike(track, bench, base)
     if method == "MEND":

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
 from mscke.benchmark.sample import EditRecord
+from mscke.editors.choose import judged
 from mscke.editors.deltas import DeltaModel, Deltas, Dense, Stages, applied, matrices
 from mscke.editors.reading import Reading, gradient, read
 from mscke.models.decoding import in_batches
@@ -159,3 +161,21 @@ class _Known(nn.Module):
 
     def forward(self, *_, **__) -> Tensor | tuple:
         return self.output
+
+
+def choose_rate(
+    base: MLLM,
+    validation: Sequence[EditRecord],
+    choices: Sequence[tuple[float, int]],
+    at_once: int | None = None,
+) -> tuple[dict, pd.DataFrame]:
+    """The (rate, steps) of ``choices`` that does best on ``validation`` by :func:`mscke.editors.choose.judged`:
+    ({"lr": …, "steps": …}, a row a choice)."""
+    rows = [
+        {"lr": lr, "steps": steps}
+        | judged(FineTune(base, lr=lr, steps=steps, at_once=at_once).edit(validation), validation)
+        for lr, steps in choices
+    ]
+    table = pd.DataFrame(rows)
+    best = table.loc[table["score"].idxmax()]
+    return {"lr": float(best["lr"]), "steps": int(best["steps"])}, table

@@ -136,8 +136,10 @@ class Shared:
         return classifier.eval(), curve
 
 
-def train_grid(track: Track, specs: Iterable[Spec], workers: int = 2) -> dict[Spec, ScopeClassifier]:
-    """Train what is not trained yet, ``workers`` at a time; every classifier by its specification.
+def train_grid(
+    track: Track, specs: Iterable[Spec], workers: int | None = None
+) -> dict[Spec, ScopeClassifier]:
+    """Train what is not trained yet, ``workers`` at a time (the track's, unless told); every classifier by its specification.
 
     The bytes written do not depend on ``workers``. Raises ValueError as :func:`train_classifier` does.
     """
@@ -149,7 +151,9 @@ def train_grid(track: Track, specs: Iterable[Spec], workers: int = 2) -> dict[Sp
         for records in (shared.bench.train, shared.bench.validation):
             encode_records(shared.fresh(spec), records)
     if missing:
-        in_processes(_train, [(track, spec) for spec in by_encoder], workers, "scope classifiers")
+        in_processes(
+            _train, [(track, spec) for spec in by_encoder], workers or track.workers, "scope classifiers"
+        )
     return {spec: shared.trained(spec)[0] for spec in specs}
 
 

@@ -16,17 +16,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pandas as pd
-import torch
 from torch import Tensor
 
-from mscke.benchmark.answers import normalise_answer
 from mscke.benchmark.sample import EditRecord, Query
+from mscke.editors.choose import judged
 from mscke.editors.serac import MiniLMEncoder
 from mscke.memory import EditMemory
 from mscke.models.decoding import Forced, by_length, generate, teacher_force
 from mscke.models.mllm import MLLM
 from mscke.models.prompts import IN_CONTEXT, TEMPLATE, TooLong
-from mscke.training import IN_ROLES, ROLES
+from mscke.training import ROLES
 
 # What the nearest demonstration asks, the second nearest, …: IKE's 1 copy : 3 updates : 4 retained
 ROTATION = (
@@ -155,23 +154,12 @@ def choose_k(
 ) -> tuple[int, pd.DataFrame]:
     """The number of demonstrations that does best on ``validation``: (k, a row a k that fits).
 
-    Best by the mean of the paper's four metrics on generated answers: Reliability, Generality, Locality
-    and Specificity. A k that does not fit becomes :func:`largest_k`.
+    Best by :func:`mscke.editors.choose.judged`. A k that does not fit becomes :func:`largest_k`.
     """
-    queries = [r.queries[role] for r in validation for role in ROLES]
-    gold = [r.answers[role] for r in validation for role in ROLES]
-    changes = IN_ROLES * len(validation)
-    among, rows = torch.arange(len(validation)).repeat_interleave(len(ROLES)), []
     limit = largest_k(base, demonstrations)
-    for k in sorted({min(k, limit) for k in ks}):
-        told = IKE(base, demonstrations, encoder, k).edit(validation)
-        answers, before = told.answer(queries, among), told.unedited().answer(queries, among)
-        expected = [g if c else b for g, b, c in zip(gold, before, changes, strict=True)]
-        pairs = zip(map(normalise_answer, answers), map(normalise_answer, expected), strict=True)
-        right = torch.tensor([a == e for a, e in pairs])
-        share = dict(zip(ROLES, right.float().view(-1, len(ROLES)).mean(0).tolist(), strict=True))
-        specificity = (share["in_scope"] + share["out_of_scope"]) / 2
-        score = (share["reliability"] + share["generality"] + share["locality"] + specificity) / 4
-        rows.append({"k": k} | share | {"specificity": specificity, "score": score})
+    rows = [
+        {"k": k} | judged(IKE(base, demonstrations, encoder, k).edit(validation), validation)
+        for k in sorted({min(k, limit) for k in ks})
+    ]
     table = pd.DataFrame(rows)
     return int(table.loc[table["score"].idxmax(), "k"]), table

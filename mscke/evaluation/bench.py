@@ -158,7 +158,7 @@ def editing(track: Track, bench: Benchmark) -> pd.DataFrame:
     return pd.DataFrame([
         *route(classifier, bench.test, patience=track.patience),
         *evaluation(MSCKE(base, in_scope, classifier), base, few, track.name, track.patience),
-        *fine_tuning(FineTune(base), few, track.edits_at_once, track.patience),
+        *fine_tuning(build.fine_tune(track, bench, base), few, track.edits_at_once, track.patience),
     ])  # fmt: skip
 
 

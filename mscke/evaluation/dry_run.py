@@ -36,7 +36,7 @@ from mscke.models.sources import device_of, make_counterfactual
 from mscke.training import FINE_GRAINED, encode_records, scope_loss
 
 DEMONSTRATIONS = 32  # of IKE's longest context
-STEPS, WARM = 20, 5  # of each training, timed and before
+STEPS, WARM = {"cuda": 20, "cpu": 2}, {"cuda": 5, "cpu": 1}  # of each training, timed and before
 # what hours are reckoned from: names of parts
 IMAGES, COUNTERFACTUAL, MENDING, SCOPE, EVALUATION = (
     "images", "counterfactual: training", "MEND: training", "scope classifier: training", ": evaluation",
@@ -84,6 +84,7 @@ def backbone_parts(
     if base is None:
         return
     few, train = data.test, data.train
+    steps, warm = (n[base.model.device.type] for n in (STEPS, WARM))
     images = sorted({r.edit.image for r in [*few, *train]})
     look = lambda: base.images(images) is None  # noqa: E731
     run(IMAGES, look, "image", len(images) - 1, lambda: base.images(images[:1]))
@@ -100,13 +101,13 @@ def backbone_parts(
 
         training = Steps(in_scope, of)
         run(
-            COUNTERFACTUAL, lambda: training(STEPS), f"step of {batch} records", STEPS, lambda: training(WARM)
+            COUNTERFACTUAL, lambda: training(steps), f"step of {batch} records", steps, lambda: training(warm)
         )
         in_scope.eval()
     if mend:
         part = lambda step: mend_loss(mend, [train[step % len(train)]])  # noqa: E731
         mending = Steps(mend.networks, part)
-        run(MENDING, lambda: mending(STEPS), "record of a step", STEPS, lambda: mending(WARM))
+        run(MENDING, lambda: mending(steps), "record of a step", steps, lambda: mending(warm))
         mend.networks.eval()
     half = float(np.median(own_scores(scope[0], few)))  # of untrained scores: so either side answers
     text = float(np.median(own_scores(scope[1], few)))

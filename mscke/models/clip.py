@@ -73,9 +73,11 @@ class Features:
         images, place = self.image.clamp(min=0).unique(return_inverse=True)
         image = torch.where(self.image >= 0, place, -1)
         texts, said = self.said.unique(return_inverse=True)
-        seen = self.pooled[images].float(), self.tokens[images].float()
-        parts = (self.text, image, *seen, self.cosine, self.words[texts].float(), said)
-        return Features(*(part.to(device) for part in parts))
+        seen = self.pooled[images], self.tokens[images]
+        parts = [part.to(device) for part in (self.text, image, *seen, self.cosine, self.words[texts], said)]
+        return Features(
+            *(part.float() if part.is_floating_point() else part for part in parts)
+        )  # halves cross
 
 
 class ClipEncoder:

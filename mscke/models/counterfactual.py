@@ -162,7 +162,9 @@ class LastLayers(CounterfactualModel):
     def __init__(self, base: MLLM, layers: int = 1):
         nn.Module.__init__(self)
         source = base.model.language_model
-        shared = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
+        kept = [m for m in source.modules() if type(m).__module__.startswith("bitsandbytes")]
+        # 8-bit weights move their scales into the module that runs first: such modules are shared themselves
+        shared = {id(part): part for part in (*source.parameters(), *source.buffers(), *kept)}
         text = copy.deepcopy(source, shared)  # another arrangement of the same tensors
         decoder = text.get_decoder()
         self.own = nn.ModuleList(copy.deepcopy(layer).float() for layer in decoder.layers[-layers:])

@@ -7,7 +7,7 @@ the two is a :class:`PromptFormat`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from weakref import WeakMethod
@@ -99,6 +99,12 @@ class MLLM:
         look = WeakMethod(self._look)
         compute = lambda paths: look()(paths)  # noqa: E731
         return ImageTable(compute, self.cache and self.cache / table, max(1, self.batch_size // 2))
+
+    def make_room(self, answers: Iterable[str]) -> None:
+        """Let it generate as many tokens as the longest of ``answers`` has: never fewer than before."""
+        texts = sorted(set(answers))
+        ids = self.encoder.text_ids([" " + text for text in texts]) if texts else []
+        self.encoder.reserve = max([self.encoder.reserve, *map(len, ids)])
 
     def eyes(self) -> str:
         """Names the weights that see: two models on one vision tower and Q-Former share features."""
