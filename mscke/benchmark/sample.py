@@ -119,16 +119,29 @@ class LoadedRecords:
     """The usable records in file order; ``skipped`` counts those of the file with an empty ``alt``.
 
     ``stripped`` counts the fields of all usable ones whose blanks were put in order (:func:`load_records`).
+    ``left_out`` says what is wrong with those that were left out, by their place in the file.
     """
 
     records: list[EditRecord]
     skipped: int
     stripped: int = 0
+    left_out: dict[int, RecordError] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> list[str]:
+        """What does not stand here as it stands in the file, a line each."""
+        counted = [
+            (self.skipped, "records without an answer are left out"),
+            (self.stripped, "questions and answers had blanks to put in order"),
+            (len(self.left_out), "records with a bad field are left out (counted from 0):"),
+        ]
+        return [f"{count:,} {what}" for count, what in counted if count] + _listed(self.left_out)
 
 
 def load_records(
-    path: str | Path, image_root: str | Path, limit: int | None = None, check_images: bool = True
-) -> LoadedRecords:
+    path: str | Path, image_root: str | Path, limit: int | None = None, check_images: bool = True,
+    leave_out: bool = False,
+) -> LoadedRecords:  # fmt: skip
     """Read an FGVEdit JSON file, checking all of it before anything is returned.
 
     ``image`` fields are relative to ``image_root`` and may not leave it. ``limit`` keeps the first
@@ -137,6 +150,8 @@ def load_records(
 
     Blanks and line breaks around questions and answers are taken off. Within an answer, which is one line, any run
     of them becomes one blank; within a question they stay.
+
+    With ``leave_out`` records with a bad field are left out and said to be, unless they are most of the file.
 
     Raises :class:`RecordError` for whatever is wrong inside the file or with an image, and
     :class:`OSError` when the file itself cannot be opened.
@@ -158,6 +173,9 @@ def load_records(
             stripped += sum(row[name] != text for name, text in _texts(row).items())
         except RecordError as complaint:
             complaints[number] = complaint
+    left_out = {}
+    if leave_out and len(complaints) <= len(rows) / 2:  # else it is not the records that are wrong
+        left_out, complaints = complaints, left_out
     records = records[:limit]
     if check_images:
         bad = {}
@@ -169,11 +187,9 @@ def load_records(
         complaints |= {r.id: f'field "image": {bad[r.edit.image]}' for r in records if r.edit.image in bad}
 
     if complaints:
-        lines = [f"  record {number}, {complaints[number]}" for number in sorted(complaints)]
-        more = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-        head = f"{path}: {len(lines)} of {len(rows)} records cannot be used (counted from 0):"
-        raise RecordError("\n".join([head, *lines[:SHOWN], *more]))
-    return LoadedRecords(records, skipped, stripped)
+        head = f"{path}: {len(complaints)} of {len(rows)} records cannot be used (counted from 0):"
+        raise RecordError("\n".join([head, *_listed(complaints)]))
+    return LoadedRecords(records, skipped, stripped, left_out)
 
 
 def split_validation(
@@ -197,6 +213,12 @@ def split_validation(
         count += sizes[image]
     train = [record for record in records if record.edit.image not in held]
     return train, [record for record in records if record.edit.image in held]
+
+
+def _listed(complaints: dict[int, RecordError]) -> list[str]:
+    """The first of them as lines of a message, and how many more there are."""
+    lines = [f"  record {number}, {complaints[number]}" for number in sorted(complaints)]
+    return lines[:SHOWN] + ([f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])
 
 
 def _read_rows(path: str | Path) -> list:
