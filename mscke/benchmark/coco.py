@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -86,19 +87,28 @@ def fetch(needed: Mapping[str, list[str]], folder: Path, lock: Lock, url: str = 
     One that the host refuses, or that is no image or not the locked one, does not keep the others from coming;
     :class:`FetchError` names it and the records that need it. A host that does not answer ends it at once.
     """
-    refused = {}
-    with open_client(AT_ONCE) as client, ThreadPoolExecutor(AT_ONCE) as pool:
-        tasks = {pool.submit(_fetch, name, folder, lock, url, client): name for name in needed}
+    refused, stop = {}, threading.Event()
+
+    def bring(name: str) -> None:
+        if stop.is_set():
+            return
         try:
+            _fetch(name, folder, lock, url, client)
+        except Refused as error:
+            refused[name] = error
+            if len(refused) >= TOLERATED:
+                stop.set()
+        except BaseException:
+            stop.set()
+            raise
+
+    with open_client(AT_ONCE) as client, ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            tasks = [pool.submit(bring, name) for name in needed]
             for task in tqdm(as_completed(tasks), SOURCE, len(tasks), unit="image", mininterval=2):
-                try:
-                    task.result()
-                except Refused as error:
-                    refused[tasks[task]] = error
-                    if len(refused) == TOLERATED:
-                        break
+                task.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            stop.set()  # those that wait are not begun where this is left early
     if refused:
         lines = [f"  {n}, of {_few(needed[n])}: {refused[n]}" for n in sorted(refused)]
         more = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
