@@ -173,6 +173,37 @@ def test_what_is_neither_text_nor_path_is_named(make, named):
         make()
 
 
+@pytest.mark.parametrize(
+    "bad", [{"rephrase": " "}, {"loc": 3}, {"image": "../a.png"}, {"fg_loc_a": "\ud800"}]
+)
+def test_records_with_a_bad_field_are_left_out_where_that_is_asked_for(load, bad):
+    rows = [a_row(), a_row() | bad, a_row(alt=""), a_row(src="Another?")]
+    loaded = load(rows, leave_out=True)
+    assert [r.id for r in loaded.records] == [0, 3] and loaded.skipped == 1
+    ((number, why),) = loaded.left_out.items()
+    (name,) = bad
+    assert number == 1 and f'field "{name}"' in str(why)
+    notes = loaded.notes
+    assert notes[0] == "1 records without an answer are left out"
+    assert (
+        notes[1].startswith("1 records with a bad field are left out")
+        and f'  record 1, field "{name}"' in notes[2]
+    )
+    assert load([a_row()]).notes == [] and load([a_row()], leave_out=True).left_out == {}
+    complaint(load, rows, f'record 1, field "{name}"')  # where it is not
+
+
+def test_where_most_records_are_bad_it_is_the_file(load):
+    rows = [a_row(), *(a_row() | {"loc": ""} for _ in range(2))]
+    complaint(load, rows, "2 of 3 records cannot be used", 'record 1, field "loc"', leave_out=True)
+    assert len(load([a_row(), *rows], leave_out=True).records) == 2  # half may be
+
+
+def test_a_bad_image_is_no_bad_field(load, root):
+    (root / "train/cut.png").write_bytes((root / "train/a.png").read_bytes()[:40])
+    complaint(load, [a_row(), a_row("train/cut.png")], 'record 1, field "image"', "damaged", leave_out=True)
+
+
 def test_empty_alt_is_skipped_and_counted_and_ids_stay_file_positions(load):
     loaded = load([a_row(alt=""), a_row(), a_row(alt="  ", fg_gen_a="", image="gone.png"), a_row()])
     assert loaded.skipped == 2

@@ -87,7 +87,7 @@ def gpu(track: Track) -> str:
     if memory < NEARLY * wanted and not track.eight_bit:
         smaller = f"PRESET=blip2 wants {shown(CARDS[1])}, " if len(track.backbones) > 1 else ""
         raise FetchError(
-            f"{said}; by our count {' and '.join(track.backbones)} want {shown(wanted)}: take a larger GPU; "
+            f"{said}; by our count {shown(wanted)} are wanted for {' and '.join(track.backbones)}: take a larger GPU; "
             f"{smaller}MSCKE_8BIT=1 keeps the language models in 8 bits"
         )
     return said
