@@ -170,6 +170,7 @@ $(PAPER_STAMPS)/fetched: | $(ENV)
 	@mkdir -p $(@D)
 	$(if $(filter tiny,$(PRESET)),$(RUN) -m mscke.models.tiny $(PAPER))
 	$(RUN) -m mscke.benchmark.fetch --track $(PAPER)
+	MSCKE_TRACK=$(PAPER) $(RUN) -m mscke.models.sources
 	touch $@
 
 # Training may take a day: no cell has a time limit.
@@ -182,7 +183,8 @@ $(PAPERS:%=$(PAPER_STAMPS)/%): $(PAPER_STAMPS)/%: notebooks/%.ipynb | $(ENV) $(P
 	touch $@
 
 paper-data: $(ENV) ## fetch FGVEdit, the COCO images it names and the models; lock and verify them (DATA=, MODELS=)
-	$(RUN) -m mscke.benchmark.fetch
+	$(RUN) -m mscke.benchmark.fetch --track $(PAPER)
+	MSCKE_TRACK=$(PAPER) $(RUN) -m mscke.models.sources
 
 # With a GPU both backbones, in less than ten minutes; without one BLIP-2 alone, on two records.
 paper-dry: $(ENV) ## run the paper track's work at its real sizes on random weights: hours and memory (BACKBONE=, RECORDS=, MINUTES=, PRESET=tiny)
@@ -190,7 +192,7 @@ paper-dry: $(ENV) ## run the paper track's work at its real sizes on random weig
 	  $(if $(RECORDS),--records $(RECORDS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 paper-check: $(ENV) ## say what the paper track has and lacks here; changes nothing
-	$(RUN) -m mscke.report.paper_check
+	$(RUN) -m mscke.report.paper_check --track $(PAPER)
 
 lab: $(ENV) ## open the notebooks in JupyterLab
 	$(RUN) -m jupyter lab notebooks

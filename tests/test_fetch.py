@@ -74,17 +74,16 @@ def online(server, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     server.publish(fetch.FGVEDIT, JSON, "dataset")
-    for folder in coco.FOLDERS:
-        server.files[f"/zips/{folder}.zip"] = zipped(folder)
+    server.files |= {f"/{name}": body for name, body in IMAGES.items()}
     return server
 
 
 def a_store(tmp_path, server=None, **changes) -> Store:
     """A store in ``tmp_path``, with the lock read anew."""
-    zips = f"{server.url}/zips/{{}}.zip" if server else "none"
+    images = f"{server.url}/{{}}" if server else "none"
     lock = Lock(tmp_path / "paper.lock.json")
     return dataclasses.replace(
-        Store(tmp_path / "data", lock, online=server is not None, zips=zips), **changes
+        Store(tmp_path / "data", lock, online=server is not None, images=images), **changes
     )
 
 
@@ -219,7 +218,7 @@ def test_what_is_no_lock_is_refused(tmp_path, text):
 def test_everything_is_fetched_locked_and_then_left_alone(online, tmp_path):
     loaded = a_store(tmp_path, online).benchmark(SIZES)
     assert [len(loaded[split].records) for split in SIZES] == [4, 2]
-    assert tree(tmp_path / "data") == JSON | IMAGES  # nothing else of the zips, and the zips gone
+    assert tree(tmp_path / "data") == JSON | IMAGES
 
     lock = json.loads((tmp_path / "paper.lock.json").read_text())
     commit = next(iter(online.repos.values()))
@@ -229,11 +228,6 @@ def test_everything_is_fetched_locked_and_then_left_alone(online, tmp_path):
         "files": {name: hashlib.sha256(body).hexdigest() for name, body in sorted(JSON.items())},
     }
     assert lock["COCO 2014"]["files"] == {n: hashlib.sha256(b).hexdigest() for n, b in IMAGES.items()}
-    archive = lock[f"{online.url}/zips/train2014.zip"]
-    body = online.files["/zips/train2014.zip"]
-    assert archive["files"] == {"train2014.zip": hashlib.sha256(body).hexdigest()}
-    assert archive["revision"] == f'"{hashlib.sha1(body).hexdigest()}"'
-
     online.asked.clear()
     a_store(tmp_path, online).benchmark(SIZES)
     assert online.asked == []
@@ -245,7 +239,7 @@ def test_only_what_is_missing_is_fetched_again(online, tmp_path):
     (tmp_path / "data" / NAMES[4]).unlink()
     online.asked.clear()
     a_store(tmp_path, online).benchmark(SIZES)
-    assert [path for _, path, _ in online.asked] == ["/zips/val2014.zip"]
+    assert [path for _, path, _ in online.asked] == [f"/{NAMES[4]}"]
     assert (tmp_path / "paper.lock.json").read_text() == lock
 
 
@@ -281,15 +275,14 @@ def test_a_copy_is_made_where_no_link_can_be(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_fetch_goes_on(online, tmp_path):
-    good = online.files["/zips/val2014.zip"]
-    del online.files["/zips/val2014.zip"]
-    with pytest.raises(FetchError, match=r"val2014\.zip gives no file: HTTP 404"):
+    good = online.files.pop(f"/{NAMES[4]}")
+    with pytest.raises(FetchError, match=r"1 of 1 images could not be fetched, val2014/.*042\.jpg.*HTTP 404"):
         a_store(tmp_path, online).benchmark(SIZES)
     assert set(tree(tmp_path / "data")) == {*JSON, *NAMES[:4]}
-    online.files["/zips/val2014.zip"] = good
+    online.files[f"/{NAMES[4]}"] = good
     online.asked.clear()
     a_store(tmp_path, online).benchmark(SIZES)
-    assert [path for _, path, _ in online.asked] == ["/zips/val2014.zip"]
+    assert [path for _, path, _ in online.asked] == [f"/{NAMES[4]}"]
 
 
 def test_a_changed_file_is_an_error_that_names_it(online, tmp_path):
@@ -299,13 +292,27 @@ def test_a_changed_file_is_an_error_that_names_it(online, tmp_path):
         a_store(tmp_path, online).benchmark(SIZES)
 
 
-def test_a_zip_that_is_not_the_locked_one_is_not_opened(online, tmp_path):
+def test_an_image_that_is_not_the_locked_one_is_not_kept(online, tmp_path):
     a_store(tmp_path, online).benchmark(SIZES)
     (tmp_path / "data" / NAMES[4]).unlink()
-    online.files["/zips/val2014.zip"] += b"x"
-    with pytest.raises(FetchError, match=r"val2014\.zip has\b"):
+    online.files[f"/{NAMES[4]}"] = jpeg(99)
+    with pytest.raises(FetchError, match=r"images could not be fetched, val2014/.*COCO 2014"):
         a_store(tmp_path, online).benchmark(SIZES)
     assert not (tmp_path / "data" / NAMES[4]).exists()
+
+
+@pytest.mark.parametrize("body", [b"<html>", jpeg(7)[:100], b""])
+def test_what_is_no_picture_is_not_kept_and_the_others_are(body, online, tmp_path):
+    """And the next call asks for it alone."""
+    good, online.files[f"/{NAMES[1]}"] = online.files[f"/{NAMES[1]}"], body
+    with pytest.raises(FetchError, match=r"1 of 4 images could not be fetched, .*01\.jpg"):
+        a_store(tmp_path, online).benchmark(SIZES)
+    assert set(tree(tmp_path / "data")) == {*JSON, *NAMES[:1], *NAMES[2:4]}
+    online.files[f"/{NAMES[1]}"] = good
+    online.asked.clear()
+    a_store(tmp_path, online).benchmark(SIZES)
+    assert sorted(path for _, path, _ in online.asked) == sorted([f"/{NAMES[1]}", f"/{NAMES[4]}"])
+    assert tree(tmp_path / "data") == JSON | IMAGES
 
 
 def test_the_locked_revision_is_fetched_whatever_is_newer(online, tmp_path, monkeypatch):
@@ -477,6 +484,14 @@ def test_the_projection_is_local_or_fetched(server, tmp_path, monkeypatch, name)
     assert path.read_bytes() == b"weights" and a_store(tmp_path).minigpt4() == path
     with pytest.raises(FetchError, match="go online"):
         a_store(tmp_path / "other").minigpt4()
+
+
+def test_the_projection_comes_from_its_authors_space_first(online, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "MINIGPT4", f"{online.url}/drive")
+    online.files["/drive"] = b"weights"
+    online.publish(fetch.MINIGPT4_SPACE, {fetch.MINIGPT4_NAMES[1]: b"weights", "app.py": b"code"}, "space")
+    assert a_store(tmp_path, online).minigpt4().read_bytes() == b"weights"
+    assert not online.fetched("drive") and not online.fetched("app.py")
 
 
 def test_options_come_from_the_environment(tmp_path, monkeypatch):

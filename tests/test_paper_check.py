@@ -43,12 +43,14 @@ def run(tmp_path, own, monkeypatch, capsys):
     """Run the command on a fresh store: (exit status, what it prints). Asserts that no file changes."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(paper_check.check, "__defaults__", (SIZES,))
+    releases = {"sentencepiece": "0.2.1", "protobuf": "6.1", "bitsandbytes": "0.46.1"}
+    monkeypatch.setattr(paper_check, "version", releases.__getitem__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    card = type("Card", (), {"total_memory": 24 * 10**9})
+    card = type("Card", (), {"total_memory": 48 * 10**9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
 
-    def run(**folders):
+    def run(track="paper", **folders):
         def open_store(*_, online, frozen):
             assert frozen and not online
             store = a_store(tmp_path, **({"data": own / "data", "models": own / "models"} | folders))
@@ -57,7 +59,7 @@ def run(tmp_path, own, monkeypatch, capsys):
 
         monkeypatch.setattr(paper_check, "open_store", open_store)
         before = tree(tmp_path)
-        status = paper_check.main([])
+        status = paper_check.main(["--track", track])
         assert tree(tmp_path) == before
         return status, capsys.readouterr().out
 
@@ -67,7 +69,7 @@ def run(tmp_path, own, monkeypatch, capsys):
 def test_everything_is_here(run, own):
     status, said = run()
     assert status == 0 and "MISSING" not in said and "Everything is here." in said
-    assert "5, 0 of them in place" in said and "a card, 24.0 GB" in said
+    assert "5, 0 of them in place" in said and "a card, 48.0 GB" in said
     assert said.count("2.0 MB") == len(hub.MODELS)  # half a million float32 in each
     models = own / "models"
     needed = [
@@ -84,8 +86,9 @@ def test_nothing_is_here(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, said = run(data=None, models=None)
     things = ["ZhenZeng/FGVEdit", "COCO 2014 images", *hub.MODELS, "MiniGPT-4's 7B checkpoint", "a GPU"]
+    assert "here     packages that read Vicuna's tokenizer" in said
     assert status == 1 and all(f"MISSING  {thing}" in said for thing in things)
-    assert f"{len(things)} of {len(things)} things are missing" in said
+    assert f"{len(things)} of {len(things) + 1} things are missing" in said
     assert said.count("unknown until the model's files are here") == 2
 
 
@@ -93,11 +96,11 @@ def test_one_image_or_one_shard_is_missing(run, own):
     (own / "data" / NAMES[4]).unlink()
     (own / "models" / paper_check.BLIP2 / "model.safetensors").unlink()
     status, said = run()
-    assert status == 1 and "2 of 10 things are missing" in said
-    assert f"1 of 5 are not here, {NAMES[4]} the first; make paper-data fetches val2014" in said
+    assert status == 1 and "2 of 11 things are missing" in said
+    assert f"1 of 5 are not here, {NAMES[4]} the first; make paper-data fetches them" in said
     assert "lacks *.safetensors" in said
     put(own / "data", {"val2014.zip": zipped("val2014")})  # as good as unpacked
-    assert "1 of 10 things are missing" in run()[1]
+    assert "1 of 11 things are missing" in run()[1]
 
 
 def test_a_changed_file_is_not_here(run, own, tmp_path):
@@ -109,7 +112,7 @@ def test_a_changed_file_is_not_here(run, own, tmp_path):
     (tmp_path / "data" / NAMES[0]).unlink()  # it was a link to the user's own
     put(tmp_path / "data", {NAMES[0]: jpeg(99)})
     status, said = run()
-    assert status == 1 and "2 of 10 things are missing" in said
+    assert status == 1 and "2 of 11 things are missing" in said
     assert "1 of 5 files of COCO 2014 are not those in" in said and "of models/facebook/opt-125m" in said
 
 
@@ -117,3 +120,43 @@ def test_a_wrong_folder_is_said(run, monkeypatch, capsys):
     monkeypatch.undo()
     assert paper_check.main(["--data", "/nowhere/at/all"]) == 1
     assert "DATA=/nowhere/at/all is not a folder" in capsys.readouterr().out
+
+
+def test_blip2_alone_is_all_that_its_preset_speaks_of(run):
+    status, said = run(track="paper-blip2")
+    assert status == 0 and "GPU memory, BLIP-2 OPT" in said
+    assert not any(word in said for word in ("MiniGPT", "Vicuna", "vicuna", "flan-t5"))
+
+
+def test_a_package_that_lacks_or_is_too_old_is_named_with_what_to_do(run, monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+
+    def releases(name):
+        if name == "sentencepiece":
+            raise PackageNotFoundError(name)
+        return {"protobuf": "6.1", "bitsandbytes": "0.45.5"}[name]
+
+    monkeypatch.setattr(paper_check, "version", releases)
+    status, said = run()
+    assert status == 1 and "sentencepiece is not installed: pip install -e '.[paper]'" in said
+    with pytest.raises(paper_check.FetchError, match=r"bitsandbytes 0\.45\.5 is older than 0\.46\.1"):
+        paper_check._packages("bitsandbytes")
+
+
+def test_a_card_that_is_too_small_is_said_with_what_to_do(run, monkeypatch):
+    small = type("Card", (), {"total_memory": 16 * 10**9})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: small)
+    status, said = run()
+    assert status == 1 and "a card has 16.0 GB, and 28.5 GB are needed" in said and "PRESET=blip2" in said
+
+
+@pytest.mark.parametrize(
+    ("driver", "said"),
+    [("", "names no card"), ("570.86.15", "CUDA 13 needs 580 or later"), ("580.10", "the driver is 580.10")],
+)
+def test_an_old_driver_is_told_of(driver, said, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho {driver}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert said in paper_check._driver()

@@ -1,4 +1,4 @@
-"""COCO 2014 images: the named ones, from a local folder or out of the official zips, and no others."""
+"""COCO 2014 images: the named ones and no others, from a local folder, out of the official zips if they are there, or one by one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
 
-from mscke.benchmark.download import download
+from mscke.benchmark.download import AWAY, download
 from mscke.benchmark.lock import FetchError, Lock
+from mscke.benchmark.pictures import PictureError, check_image
 
-ZIPS = "http://images.cocodataset.org/zips/{}.zip"
+IMAGES = "http://images.cocodataset.org/{}"
+AT_ONCE = 16  # images on their way
+SOURCE = "COCO 2014"  # as the lock calls them
 FOLDERS = ("train2014", "val2014")
 
 
@@ -42,13 +46,13 @@ def absent(names: Iterable[str], folder: Path, data: Path | None = None) -> list
 
 
 def collect(
-    names: Iterable[str], folder: Path, data: Path | None, lock: Lock, url: str | None = ZIPS
+    names: Iterable[str], folder: Path, data: Path | None, lock: Lock, url: str | None = IMAGES
 ) -> None:
     """Bring the image ``names`` ("train2014/….jpg") into ``folder``; what is there already stays.
 
-    They come from the same paths below ``data``, else out of ``data/train2014.zip``, else out of the zip
-    at ``url``, which is fetched, locked and deleted when its images are out; None fetches nothing. Every
-    image taken from a zip matches the zip's CRC. Raises :class:`FetchError`; images so far are kept.
+    They come from the same paths below ``data``, else out of ``data/train2014.zip``, of which each must match its CRC;
+    else one by one from ``url``, of which each must be a whole picture, and the locked one; None fetches nothing.
+    Raises :class:`FetchError`; images so far are kept, and a later call fetches the rest.
     """
     for name in names - _lacking(names, folder, data):
         if not (folder / name).is_file():
@@ -60,12 +64,45 @@ def collect(
             continue
         if url is None or zipped not in FOLDERS:
             raise FetchError(f"{len(wanted)} images are not there, {wanted[0]} the first; {_advice(zipped)}")
-        archive, source = folder / "downloads" / f"{zipped}.zip", url.format(zipped)
-        revision = lock.revision(source) if archive.exists() else download(source, archive)
-        lock.verify(source, {archive.name: archive})
-        extract(archive, wanted, folder)
-        lock.check(source, {archive.name: archive}, revision)
-        archive.unlink()
+        fetch_images(wanted, folder, lock, url)
+
+
+def fetch_images(names: list[str], folder: Path, lock: Lock, url: str) -> None:
+    """Fetch each of ``names`` from ``url``, several at a time; one that fails does not stop the others.
+
+    Raises :class:`FetchError`, which names the first that failed, when all were tried, or so many in vain that the host must be away.
+    """
+    scratch, away = folder / "downloads" / f"images.{os.getpid()}", []
+
+    def fetch(name: str) -> str | None:
+        """Why it could not be fetched, if it could not."""
+        if len(away) >= AT_ONCE:
+            return away[0]
+        temporary = scratch / name
+        try:
+            download(url.format(name), temporary, bar=False)
+            check_image(temporary)
+            lock.verify(SOURCE, {name: temporary})
+        except (FetchError, PictureError) as error:
+            temporary.unlink(missing_ok=True)
+            away.extend([str(error)] if AWAY in str(error) else [])
+            return str(error)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, folder / name)
+        return None
+
+    failed = {}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = zip(names, pool.map(fetch, names), strict=True)
+        for name, why in tqdm(found, f"images of {names[0].split('/')[0]}", len(names), mininterval=2):
+            failed |= {name: why} if why else {}
+    shutil.rmtree(scratch, ignore_errors=True)
+    if failed:
+        name, why = next(iter(failed.items()))
+        raise FetchError(
+            f"{len(failed)} of {len(names)} images could not be fetched, {name} the first ({why}); the others are kept: "
+            "run again, or give DATA= a folder that has it"
+        )
 
 
 def extract(archive: Path, names: list[str], folder: Path) -> None:

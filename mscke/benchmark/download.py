@@ -1,4 +1,4 @@
-"""One large file over plain HTTP: resumed where it was cut, and in place only when it is whole."""
+"""One file over plain HTTP: resumed where it was cut, and in place only when it is whole."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mscke.benchmark.lock import FetchError
 
 ATTEMPTS = 6  # in a row that bring nothing
+AWAY = "cannot be fetched"  # says the error of a host that does not answer
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -19,7 +20,7 @@ class _Cut(Exception):
     """The connection ended before the file did."""
 
 
-def download(url: str, path: Path, wait: float = 1.0) -> str | None:
+def download(url: str, path: Path, wait: float = 1.0, bar: bool = True) -> str | None:
     """Fetch ``url`` into ``path``; the server's validator (ETag or Last-Modified), if it has one.
 
     Bytes gather in ``path.part``. A later call goes on there, if the server says (``If-Range``) that the
@@ -29,28 +30,28 @@ def download(url: str, path: Path, wait: float = 1.0) -> str | None:
     part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.tag")
     path.parent.mkdir(parents=True, exist_ok=True)
     with httpx2.Client(follow_redirects=True, timeout=30) as client:
-        _persist(client, url, part, tag, wait)
+        _persist(client, url, part, tag, wait, bar)
     os.replace(part, path)
     validator = _read(tag)
     tag.unlink(missing_ok=True)
     return validator or None
 
 
-def _persist(client: httpx2.Client, url: str, part: Path, tag: Path, wait: float) -> None:
+def _persist(client: httpx2.Client, url: str, part: Path, tag: Path, wait: float, bar: bool) -> None:
     failures = 0
     while failures < ATTEMPTS:
         before = _size(part)
         try:
-            return _go_on(client, url, part, tag)
+            return _go_on(client, url, part, tag, bar)
         except (httpx2.TransportError, _Cut) as error:
             why = str(error) or type(error).__name__
         failures = 0 if _size(part) > before else failures + 1
         time.sleep(wait * 2**failures)
     kept = f"its first {_size(part):,} bytes are kept: run again to go on"
-    raise FetchError(f"{url} cannot be fetched ({why}); {kept}")
+    raise FetchError(f"{url} {AWAY} ({why}); {kept}")
 
 
-def _go_on(client: httpx2.Client, url: str, part: Path, tag: Path) -> None:
+def _go_on(client: httpx2.Client, url: str, part: Path, tag: Path, shown: bool) -> None:
     """One request for what ``part`` still lacks; returns when it is whole."""
     done, validator = _size(part), _read(tag)
     headers = {"Accept-Encoding": "identity"}  # a range of compressed bytes would be another file
@@ -69,7 +70,7 @@ def _go_on(client: httpx2.Client, url: str, part: Path, tag: Path) -> None:
             raise FetchError(f"{url} gives no file: HTTP {response.status_code} {response.reason_phrase}")
         if start == 0:
             tag.write_text(_validator(response), encoding="utf-8")
-        with open(part, "ab" if start else "wb") as file, _bar(part, start, total) as bar:
+        with open(part, "ab" if start else "wb") as file, _bar(part, start, total, shown) as bar:
             for chunk in response.iter_raw():  # as it comes: a cut loses nothing
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -92,8 +93,16 @@ def _validator(response: httpx2.Response) -> str:
     return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
 
 
-def _bar(part: Path, start: int, total: int | None) -> tqdm:
-    return tqdm(desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, mininterval=2)
+def _bar(part: Path, start: int, total: int | None, shown: bool) -> tqdm:
+    return tqdm(
+        desc=part.stem,
+        initial=start,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        mininterval=2,
+        disable=not shown or None,
+    )
 
 
 def _size(part: Path) -> int:

@@ -30,7 +30,9 @@ from mscke.config import Track, get_track
 FGVEDIT = "ZhenZeng/FGVEdit"
 FILES = {"train": "train_data.json", "test": "test_data.json"}
 
-# The 7B checkpoint that MiniGPT-4's README links to; its authors also spell it "prerained".
+# The 7B checkpoint lies in its authors' space on the hub, and where MiniGPT-4's README links to; they also spell it
+# "prerained".
+MINIGPT4_SPACE = "Vision-CAIR/minigpt4"
 MINIGPT4 = "https://drive.google.com/uc?export=download&id=1RY9jV0dyqLX-o38LrumkKRh6Jtaop58R"
 MINIGPT4_NAMES = ("pretrained_minigpt4_7b.pth", "prerained_minigpt4_7b.pth")
 
@@ -48,7 +50,7 @@ class Store:
     data: Path | None = None
     models: Path | None = None
     online: bool = True
-    zips: str = coco.ZIPS
+    images: str = coco.IMAGES
 
     def benchmark(self, sizes: dict[str, int] = SIZES) -> dict[str, LoadedRecords]:
         """The records of each split, checked, counted and locked, with every image they name in ``folder``."""
@@ -56,10 +58,10 @@ class Store:
             if path.parent != self.folder:
                 coco.place(path, self.folder / path.name)
         names = self.named(self.folder / name for name in FILES.values())
-        coco.collect(names, self.folder, self.data, self.lock, self.zips if self.online else None)
+        coco.collect(names, self.folder, self.data, self.lock, self.images if self.online else None)
         # opens every image, so that none that is cut short is ever locked
         loaded = {split: load_records(self.folder / name, self.folder) for split, name in FILES.items()}
-        self.lock.check("COCO 2014", {name: self.folder / name for name in sorted(names)})
+        self.lock.check(coco.SOURCE, {name: self.folder / name for name in sorted(names)})
         return loaded
 
     def annotations(self, sizes: dict[str, int] = SIZES) -> dict[str, Path]:
@@ -104,6 +106,7 @@ class Store:
         folders = [folder for folder in (self.models, self.folder / "downloads") if folder is not None]
         paths = [folder / name for folder in folders for name in MINIGPT4_NAMES]
         path, revision = next((path for path in paths if path.is_file()), None), None
+        path = path or self._of_space()
         if path is None:
             path = self.folder / "downloads" / MINIGPT4_NAMES[0]
             if not self.online:
@@ -111,6 +114,14 @@ class Store:
             revision = download(MINIGPT4, path)
         self.lock.check(MINIGPT4, {MINIGPT4_NAMES[0]: path}, revision)
         return path
+
+    def _of_space(self) -> Path | None:
+        """The checkpoint in its authors' space on the hub; None if that has it no more, or cannot be reached."""
+        try:
+            folder = hub.snapshot(MINIGPT4_SPACE, MINIGPT4_NAMES, "main", self.online, "space")
+        except FetchError:
+            return None
+        return next((folder / name for name in MINIGPT4_NAMES if (folder / name).is_file()), None)
 
 
 def open_store(

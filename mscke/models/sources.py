@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -18,7 +19,8 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 from mscke.benchmark import load_benchmark
 from mscke.benchmark.fetch import open_store
-from mscke.config import Track
+from mscke.benchmark.lock import FetchError
+from mscke.config import Track, get_track
 from mscke.models import shapes
 from mscke.models.compose import compose_minigpt4, memory_needed
 from mscke.models.counterfactual import CounterfactualModel, LastLayers
@@ -45,6 +47,13 @@ def find(track: Track, source: str) -> str:
     return source
 
 
+def compose(track: Track) -> None:
+    """Make what the track composes of fetched models, unless it is there: long before a training needs it."""
+    for source in track.backbones.values():
+        if source.startswith("minigpt4:"):
+            print("MiniGPT-4, composed:", find(track, source))
+
+
 def device_of(track: Track) -> torch.device:
     """Where the track's models compute."""
     gpu = track.device == "auto" and torch.cuda.is_available()
@@ -55,10 +64,21 @@ def load_mllm(track: Track, backbone: str, cache: Path | None = None) -> MLLM:
     """The frozen base model ``backbone``: bfloat16 on a GPU or where the track says so, float32 else.
 
     Where models are fetched, what its weights take is said before they are loaded, and they are loaded once
-    as long as anyone holds them. Raises MemoryError if the GPU has not that much left.
+    as long as anyone holds them. Raises MemoryError if the GPU has not that much left, RuntimeError if there is none
+    for the paper's models (unless MSCKE_CPU=1 is set).
     """
     if held := _HELD.get((track.name, backbone, cache)):
         return held
+    if (
+        track.fetched
+        and not track.tiny
+        and device_of(track).type == "cpu"
+        and os.environ.get("MSCKE_CPU") != "1"
+    ):
+        raise RuntimeError(
+            f"{backbone}: PyTorch sees no GPU, and on a CPU the paper's models would take weeks. make paper-check says "
+            "why there is none; MSCKE_CPU=1 sets out all the same"
+        )
     kind, _, shape = (source := track.backbones[backbone]).partition(":")
     device, options = device_of(track), {"image_size": track.image_size, "batch_size": track.batch_size}
     dtype = torch.bfloat16 if track.half or device.type == "cuda" else torch.float32
@@ -131,3 +151,10 @@ def make_counterfactual(track: Track, base: MLLM) -> CounterfactualModel:
             )
         return model
     return CounterfactualModel.beside(base)
+
+
+if __name__ == "__main__":
+    try:
+        compose(get_track())
+    except (FetchError, OSError, ValueError) as error:
+        sys.exit(str(error))
