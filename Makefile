@@ -217,7 +217,7 @@ lint: $(ENV) ## check style and formatting with ruff
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-clean: ## remove outputs/ and caches, never .venv or a committed file
+clean: ## remove outputs/ (the paper track's data, models and trainings too) and caches, never .venv or a committed file
 	rm -rf outputs build mscke.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -path ./.git -prune \
 	  -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf

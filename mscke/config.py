@@ -153,12 +153,12 @@ _PAPER = {
     "counterfactuals": {"BLIP-2 OPT": "hub:facebook/opt-125m", "MiniGPT-4": "last:1"},
     "fetched": True,
     "image_size": 364,
-    "device": os.environ.get("MSCKE_DEVICE") or "cuda",  # "cpu" may take months
+    "device": "cpu" if os.environ.get("MSCKE_CPU") == "1" else "cuda",  # on a CPU it may take months
     "eight_bit": os.environ.get("MSCKE_8BIT") == "1",
     "half_features": True,
     "workers": 1,  # a GPU holds one base model of each process
 }
-_ANY = os.environ.get("MSCKE_DEVICE") or "auto"  # of what is small enough for a CPU
+_ANY = "cpu" if os.environ.get("MSCKE_CPU") == "1" else "auto"  # where what a CPU can do computes
 _RECIPES = {
     "counterfactual": {"lr": 1e-5, "batch_size": 1, "clip": 100.0},
     "counterfactual MiniGPT-4": {"epochs": 3},  # 20k steps

@@ -306,7 +306,7 @@ def test_rooms_are_told_apart_by_their_disks(tmp_path, monkeypatch):
 def test_why_there_is_no_gpu(run, monkeypatch, cuda, driver, parts):
     no_card(monkeypatch, cuda, driver)
     status, said = run()
-    assert status == 1 and "MISSING  a GPU" in said and "MSCKE_DEVICE=cpu" in said
+    assert status == 1 and "MISSING  a GPU" in said and "MSCKE_CPU=1" in said
     assert all(part in said for part in parts)
 
 
@@ -329,4 +329,4 @@ def test_without_a_gpu_as_the_user_says(run, monkeypatch):
     no_card(monkeypatch)
     monkeypatch.setitem(TRACKS, "paper", dataclasses.replace(TRACKS["paper"], device="cpu"))
     status, said = run()
-    assert status == 0 and "none is wanted: MSCKE_DEVICE=cpu" in said
+    assert status == 0 and "none is wanted: MSCKE_CPU=1" in said

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from mscke.benchmark.fetch import open_store
 from mscke.benchmark.generate import generate
-from mscke.benchmark.sample import Edit, EditRecord, Query, load_records, split_validation
+from mscke.benchmark.load import load_records, split_validation
+from mscke.benchmark.sample import Edit, EditRecord, Query
 from mscke.config import Track
 
 __all__ = ["Benchmark", "Edit", "EditRecord", "Query", "load_benchmark", "load_records"]

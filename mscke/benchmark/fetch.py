@@ -24,8 +24,9 @@ from huggingface_hub import is_offline_mode
 from mscke.benchmark import coco, hub
 from mscke.benchmark.download import download
 from mscke.benchmark.generate import SIZES
+from mscke.benchmark.load import LoadedRecords, load_records
 from mscke.benchmark.lock import FetchError, Lock, sha256
-from mscke.benchmark.sample import LoadedRecords, RecordError, load_records
+from mscke.benchmark.sample import RecordError
 from mscke.config import Track, get_track
 
 FGVEDIT = "ZhenZeng/FGVEdit"

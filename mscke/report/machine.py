@@ -72,9 +72,9 @@ def package(requirement: str) -> str:
 def gpu(track: Track) -> str:
     """The GPU that ``track`` would compute on, if PyTorch can use it and both backbones fit."""
     if track.device == "cpu":
-        return "none is wanted: MSCKE_DEVICE=cpu"
+        return "none is wanted: MSCKE_CPU=1"
     if not torch.cuda.is_available():
-        raise FetchError(f"{why_no_gpu()}. MSCKE_DEVICE=cpu goes without, which may take months")
+        raise FetchError(f"{why_no_gpu()}. MSCKE_CPU=1 goes without, which may take months")
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     built = [int(found[1]) for arch in torch.cuda.get_arch_list() if (found := re.match(r"sm_(\d+)", arch))]
     major, minor = torch.cuda.get_device_capability()
