@@ -233,6 +233,12 @@ def test_everything_is_fetched_locked_and_then_left_alone(online, tmp_path):
     assert online.asked == []
 
 
+def test_annotations_may_lie_in_a_folder(online, tmp_path):
+    online.publish(fetch.FGVEDIT, {f"annotations/{name}": body for name, body in JSON.items()}, "dataset")
+    loaded = a_store(tmp_path, online).benchmark(SIZES)
+    assert [len(loaded[split].records) for split in SIZES] == [4, 2]
+
+
 def test_only_what_is_missing_is_fetched_again(online, tmp_path):
     a_store(tmp_path, online).benchmark(SIZES)
     lock = (tmp_path / "paper.lock.json").read_text()
@@ -371,7 +377,7 @@ def test_records_without_an_answer_count_or_do_not(tmp_path):
     own = put(tmp_path / "own", JSON | IMAGES | {"test_data.json": rows})
     for size in (2, 3):
         assert a_store(tmp_path, data=own).benchmark({"train": 4, "test": size})["test"].skipped == 1
-    with pytest.raises(FetchError, match=r"3 records \(1 of them without an answer\), not 4"):
+    with pytest.raises(FetchError, match=r"3 records \(1 of them without an answer, or passed over\), not 4"):
         a_store(tmp_path, data=own).benchmark({"train": 4, "test": 4})
 
 

@@ -60,7 +60,10 @@ class Store:
         names = self.named(self.folder / name for name in FILES.values())
         coco.collect(names, self.folder, self.data, self.lock, self.images if self.online else None)
         # opens every image, so that none that is cut short is ever locked
-        loaded = {split: load_records(self.folder / name, self.folder) for split, name in FILES.items()}
+        loaded = {
+            split: load_records(self.folder / name, self.folder, pass_over=True)
+            for split, name in FILES.items()
+        }
         self.lock.check(coco.SOURCE, {name: self.folder / name for name in sorted(names)})
         return loaded
 
@@ -71,22 +74,23 @@ class Store:
         here = (folder for folder in folders if all((folder / name).is_file() for name in FILES.values()))
         if (folder := next(here, None)) is None:
             wanted = self.lock.revision(source) or "main"
-            folder = hub.snapshot(FGVEDIT, FILES.values(), wanted, self.online, "dataset")
-            revision = folder.name
+            names = [*FILES.values(), *(f"**/{name}" for name in FILES.values())]
+            folder = hub.snapshot(FGVEDIT, names, wanted, self.online, "dataset")
+            revision, folder = folder.name, _together(folder)
         found = {split: folder / name for split, name in FILES.items()}
         for split, path in found.items():
             if not path.is_file():
                 raise FetchError(
                     f"{FGVEDIT}: {folder} lacks {path.name}; fetch it, or give DATA= a folder with it"
                 )
-            _count(path, load_records(path, self.folder, check_images=False), sizes[split])
+            _count(path, load_records(path, self.folder, check_images=False, pass_over=True), sizes[split])
         self.lock.check(source, {path.name: path for path in found.values()}, revision)
         return found
 
     def named(self, paths: Iterable[Path]) -> set[str]:
         """The images that the records of the JSON files ``paths`` name, relative to ``folder``."""
         root = os.path.realpath(self.folder)
-        loaded = [load_records(path, root, check_images=False).records for path in paths]
+        loaded = [load_records(path, root, check_images=False, pass_over=True).records for path in paths]
         return {os.path.relpath(record.edit.image, root) for records in loaded for record in records}
 
     def model(self, repo: str, parts: hub.Parts | None = None) -> Path:
@@ -145,13 +149,19 @@ def _folder(path: str | Path | None, name: str) -> Path | None:
     return folder.resolve() if path else None
 
 
+def _together(folder: Path) -> Path:
+    """The folder that holds all annotation files: ``folder``, or one below it."""
+    below = sorted(path.parent for path in folder.rglob(FILES["train"]))
+    return next((f for f in (folder, *below) if all((f / name).is_file() for name in FILES.values())), folder)
+
+
 def _count(path: Path, loaded: LoadedRecords, size: int) -> None:
     """The paper does not say whether its counts include records with an empty ``alt``: either way will do."""
     usable, listed = len(loaded.records), len(loaded.records) + loaded.skipped
     if size not in (usable, listed):
         gap = f"{size - listed:,} are missing" if listed < size else f"{usable - size:,} are too many"
         raise FetchError(
-            f"{path} has {listed:,} records ({loaded.skipped:,} of them without an answer), not {size:,}: {gap}; "
+            f"{path} has {listed:,} records ({loaded.skipped:,} of them without an answer, or passed over), not {size:,}: {gap}; "
             "fetch it again, or take the revision that the paper used"
         )
 

@@ -10,19 +10,20 @@ import json
 import os
 import random
 import reprlib
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mscke.benchmark.answers import is_text, normalise_answer
+from mscke.benchmark.answers import UNSEEN, is_text
 from mscke.benchmark.pictures import PictureError, check_image, inside
 from mscke.benchmark.sample import ANSWERS, FIELDS, SHOWN, Edit, EditRecord, Query, RecordError
 
 
 @dataclass(frozen=True)
 class LoadedRecords:
-    """The usable records in file order; ``skipped`` counts those of the file with an empty ``alt``.
+    """The usable records in file order; ``skipped`` counts those of the file with an empty ``alt``, or passed over.
 
     ``stripped`` counts the fields of all usable ones whose blanks were put in order (:func:`load_records`).
     """
@@ -33,7 +34,11 @@ class LoadedRecords:
 
 
 def load_records(
-    path: str | Path, image_root: str | Path, limit: int | None = None, check_images: bool = True
+    path: str | Path,
+    image_root: str | Path,
+    limit: int | None = None,
+    check_images: bool = True,
+    pass_over: bool = False,
 ) -> LoadedRecords:
     """Read an FGVEdit JSON file, checking all of it before anything is returned.
 
@@ -45,7 +50,8 @@ def load_records(
     of them becomes one blank; within a question they stay.
 
     Raises :class:`RecordError` for whatever is wrong inside the file or with an image, and
-    :class:`OSError` when the file itself cannot be opened.
+    :class:`OSError` when the file itself cannot be opened. With ``pass_over`` a record whose fields are wrong is left
+    out, if others are not, and a warning names the first; a wrong image is an error all the same.
     """
     if limit is not None and limit < 0:
         raise ValueError(f"limit is {limit}; give 0 or more, or None for every record")
@@ -64,7 +70,14 @@ def load_records(
             stripped += sum(row[name] != text for name, text in _texts(row).items())
         except RecordError as complaint:
             complaints[number] = complaint
-    records = records[:limit]
+    records, whole = records[:limit], len(rows) - len(complaints)
+    if pass_over and complaints and whole:
+        first = min(complaints)
+        warnings.warn(
+            f"{path}: {len(complaints)} of {len(rows)} records are left out, record {first} the first: "
+            f"{complaints[first]}", stacklevel=2
+        )  # fmt: skip
+        skipped, complaints = skipped + len(complaints), {}
     if check_images:
         bad = {}
         for image in {record.edit.image for record in records}:
@@ -154,8 +167,8 @@ def _record(number: int, row: object, root: str) -> EditRecord:
             raise RecordError(f"{found} where text is expected; write text in quotes")
         if not value.strip():
             raise RecordError(f'{found}, which is empty; fill it in, or empty "alt" to skip the record')
-        if name in ANSWERS and not normalise_answer(value):
-            raise RecordError(f"{found}, which says nothing; write an answer")
+        if not UNSEEN.sub("", value).strip():
+            raise RecordError(f"{found}, of which nobody sees anything; write text")
         if not is_text(value):
             raise RecordError(f"{found}, with half a character (lone surrogate); write it anew in UTF-8")
     meta = row.get("meta", {})
