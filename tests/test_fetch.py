@@ -347,6 +347,14 @@ def test_records_without_an_answer_count_or_do_not(tmp_path):
         a_store(tmp_path, data=own).benchmark({"train": 4, "test": 4})
 
 
+@pytest.mark.parametrize("size", [3, 4])
+def test_records_that_are_left_out_count_as_what_they_should_have_been(tmp_path, size):
+    rows = [*ROWS["test"], a_row(NAMES[4], alt=""), a_row(NAMES[4], loc="")]
+    own = put(tmp_path / "own", JSON | IMAGES | {"test_data.json": json.dumps(rows).encode()})
+    found = a_store(tmp_path, data=own).benchmark({"train": 4, "test": size})["test"]
+    assert (len(found.records), found.skipped, list(found.left_out)) == (2, 1, [3])
+
+
 def test_offline_without_data_says_where_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(FetchError, match="ZhenZeng/FGVEdit is not in the hub's cache"):

@@ -68,7 +68,7 @@ class Store:
 
     def read(self, path: Path, check_images: bool = True) -> LoadedRecords:
         """The records of the JSON file ``path``, images below ``folder``; those with a bad field are left out and noted."""
-        return load_records(path, self.folder, check_images=check_images, leave_out=True)
+        return load_records(path, self.folder, check_images=check_images, pass_over=True)
 
     def annotations(self, sizes: dict[str, int] = SIZES) -> dict[str, Path]:
         """The JSON file of each split where it lies now, read through, counted and locked."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mscke.benchmark.answers import is_text, normalise_answer
+from mscke.benchmark.answers import UNSEEN, is_text
 from mscke.benchmark.pictures import PictureError, check_image, inside
 from mscke.benchmark.sample import ANSWERS, FIELDS, SHOWN, Edit, EditRecord, Query, RecordError
 
@@ -46,7 +46,7 @@ class LoadedRecords:
 
 def load_records(
     path: str | Path, image_root: str | Path, limit: int | None = None, check_images: bool = True,
-    leave_out: bool = False,
+    pass_over: bool = False,
 ) -> LoadedRecords:  # fmt: skip
     """Read an FGVEdit JSON file, checking all of it before anything is returned.
 
@@ -57,7 +57,7 @@ def load_records(
     Blanks and line breaks around questions and answers are taken off. Within an answer, which is one line, any run
     of them becomes one blank; within a question they stay.
 
-    With ``leave_out`` records with a bad field are left out and said to be, unless they are most of the file.
+    With ``pass_over`` records with a bad field are left out and said to be, unless they are most of the file.
 
     Raises :class:`RecordError` for whatever is wrong inside the file or with an image, and
     :class:`OSError` when the file itself cannot be opened.
@@ -80,7 +80,7 @@ def load_records(
         except RecordError as complaint:
             complaints[number] = complaint
     left_out = {}
-    if leave_out and len(complaints) <= len(rows) / 2:  # else it is not the records that are wrong
+    if pass_over and len(complaints) <= len(rows) / 2:  # else it is not the records that are wrong
         left_out, complaints = complaints, left_out
     records = records[:limit]
     if check_images:
@@ -176,8 +176,8 @@ def _record(number: int, row: object, root: str) -> EditRecord:
             raise RecordError(f"{found} where text is expected; write text in quotes")
         if not value.strip():
             raise RecordError(f'{found}, which is empty; fill it in, or empty "alt" to skip the record')
-        if name in ANSWERS and not normalise_answer(value):
-            raise RecordError(f"{found}, which says nothing; write an answer")
+        if not UNSEEN.sub("", value).strip():
+            raise RecordError(f"{found}, of which nobody sees anything; write text")
         if not is_text(value):
             raise RecordError(f"{found}, with half a character (lone surrogate); write it anew in UTF-8")
     meta = row.get("meta", {})
