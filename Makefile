@@ -165,11 +165,18 @@ paper: $(PAPERS:%=$(PAPER_STAMPS)/%) ## run the notebooks on the paper's models 
 	MSCKE_TRACK=$(PAPER) $(RUN) -m mscke.report.registry
 	@echo "== outputs/$(PAPER): notebooks in notebooks/, tables and figures in figures/"
 
-# Fetched and verified when the track is run first; later only what the notebooks open is verified again.
+# All that the track is made of; what it lacks, or what does not fit together, shows here and not after hours.
+define BRING
+$(if $(filter tiny,$(PRESET)),$(RUN) -m mscke.models.tiny $(PAPER))
+$(RUN) -m mscke.benchmark.fetch --track $(PAPER)
+$(RUN) -m mscke.models.prepare --track $(PAPER)
+endef
+
+# Fetched and verified when the track is run first, and only where it can run; later what the notebooks open is verified again.
 $(PAPER_STAMPS)/fetched: | $(ENV)
 	@mkdir -p $(@D)
-	$(if $(filter tiny,$(PRESET)),$(RUN) -m mscke.models.tiny $(PAPER))
-	$(RUN) -m mscke.benchmark.fetch --track $(PAPER)
+	$(RUN) -m mscke.models.prepare --track $(PAPER) --device
+	$(BRING)
 	touch $@
 
 # Training may take a day: no cell has a time limit.
@@ -181,16 +188,16 @@ $(PAPERS:%=$(PAPER_STAMPS)/%): $(PAPER_STAMPS)/%: notebooks/%.ipynb | $(ENV) $(P
 	rm outputs/$(PAPER)/notebooks/$*.tmp.ipynb
 	touch $@
 
-paper-data: $(ENV) ## fetch FGVEdit, the COCO images it names and the models; lock and verify them (DATA=, MODELS=)
-	$(RUN) -m mscke.benchmark.fetch
+paper-data: $(ENV) ## fetch FGVEdit, the COCO images it names and the models; verify, lock and compose them (DATA=, MODELS=, PRESET=blip2)
+	$(BRING)
 
 # With a GPU both backbones, in less than ten minutes; without one BLIP-2 alone, on two records.
 paper-dry: $(ENV) ## run the paper track's work at its real sizes on random weights: hours and memory (BACKBONE=, RECORDS=, MINUTES=, PRESET=tiny)
 	$(RUN) -m mscke.report.dry_run --track paper-dry$(PRESET:%=-%) $(if $(BACKBONE),--backbone '$(BACKBONE)') \
 	  $(if $(RECORDS),--records $(RECORDS)) $(if $(MINUTES),--minutes $(MINUTES))
 
-paper-check: $(ENV) ## say what the paper track has and lacks here; changes nothing
-	$(RUN) -m mscke.report.paper_check
+paper-check: $(ENV) ## say what the paper track has and lacks here, and what to do about it; changes nothing (PRESET=blip2)
+	$(RUN) -m mscke.report.paper_check --track $(PAPER)
 
 lab: $(ENV) ## open the notebooks in JupyterLab
 	$(RUN) -m jupyter lab notebooks
@@ -210,7 +217,7 @@ lint: $(ENV) ## check style and formatting with ruff
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-clean: ## remove outputs/ and caches, never .venv or a committed file
+clean: ## remove outputs/ (the paper track's data, models and trainings too) and caches, never .venv or a committed file
 	rm -rf outputs build mscke.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -path ./.git -prune \
 	  -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf

@@ -90,7 +90,7 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
         self.margin = nn.Parameter(torch.tensor(1.0))  # m
 
     def forward(self, f: Features) -> Tensor:
-        """Embeddings z (B, width) of encoded pairs; unit vectors under ``logistic``."""
+        """Embeddings z (B, dim) of encoded pairs; unit vectors under ``logistic``."""
         f, place = f.distinct(seen=self.fusion != "text")
         return self._fuse(f.to(self.scale.device)).index_select(0, place.to(self.scale.device))
 
@@ -145,19 +145,19 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
 
     @torch.inference_mode()
     def embed(self, queries: Sequence[Query], answers: Sequence[str] | None = None) -> Tensor:
-        """z (B, width) of queries, or of edits when their ``answers`` are given."""
+        """z (B, dim) of queries, or of edits when their ``answers`` are given."""
         if not queries:
             return torch.empty(0, self.dim)
         return self.embed_features(self.encoder(queries, answers))
 
     @torch.inference_mode()
     def embed_features(self, f: Features) -> Tensor:
-        """z (B, width) of encoded pairs, on the CPU."""
+        """z (B, dim) of encoded pairs, on the CPU."""
         return torch.cat([self(part).cpu() for part in f.parts()])
 
     @torch.inference_mode()
     def similarity(self, a: Tensor, b: Tensor) -> Tensor:
-        """ρ (B, N) in (0, 1) between embeddings a (B, width) and b (N, width)."""
+        """ρ (B, N) in (0, 1) between embeddings a (B, dim) and b (N, dim)."""
         return self.score(torch.cdist(a, b).square())
 
     @torch.inference_mode()

@@ -34,7 +34,7 @@ class Track:
         default_factory=dict
     )  # what is trained -> arguments, if not the defaults
     image_size: int | None = None  # side of the images that an MLLM is shown, in pixels; None: its own
-    device: str = "cpu"  # "auto": the GPU, if there is one
+    device: str = "cpu"  # "cuda": a GPU or nothing; "auto": the GPU, if there is one
     half: bool = False  # base models in bfloat16 on a CPU too
     eight_bit: bool = False  # language models in 8-bit integers (bitsandbytes), on a GPU only
     batch_size: int = 128  # queries that an MLLM is asked at once; more of mini's leave the processor's cache
@@ -153,11 +153,12 @@ _PAPER = {
     "counterfactuals": {"BLIP-2 OPT": "hub:facebook/opt-125m", "MiniGPT-4": "last:1"},
     "fetched": True,
     "image_size": 364,
-    "device": "auto",
+    "device": "cpu" if os.environ.get("MSCKE_CPU") == "1" else "cuda",  # on a CPU it may take months
     "eight_bit": os.environ.get("MSCKE_8BIT") == "1",
     "half_features": True,
     "workers": 1,  # a GPU holds one base model of each process
 }
+_ANY = "cpu" if os.environ.get("MSCKE_CPU") == "1" else "auto"  # where what a CPU can do computes
 _RECIPES = {
     "counterfactual": {"lr": 1e-5, "batch_size": 1, "clip": 100.0},
     "counterfactual MiniGPT-4": {"epochs": 3},  # 20k steps
@@ -181,7 +182,7 @@ TRACKS = {
     ),
     # the same through the same doors, on models and data of mscke.models.tiny
     "paper-tiny": Track(
-        "paper-tiny", 48, 16, **_PAPER | {"workers": 2}, classifier_epochs=1, counterfactual_epochs=1, mend_epochs=1,
+        "paper-tiny", 48, 16, **_PAPER | {"workers": 2, "device": _ANY}, classifier_epochs=1, counterfactual_epochs=1, mend_epochs=1,
         recipes={"mend": {"rank": 8}, "finetune": {"choices": ((5e-4, 2), (3e-3, 2))}}, tiny=True, half=True, patience=0.0, ike_records=4, batch_size=64, edits_at_once=4,
     ),
 }  # fmt: skip
@@ -193,7 +194,7 @@ TRACKS["paper-blip2"] = replace(
 # The paper's models at their shapes with random weights, on a few records of FGVEdit-Scenes: what would the track take?
 _DRY = {
     "n_train": 64, "n_test": 24, "fetched": False, "half": True, "patience": 0.0, "ike_records": 4,
-    "clips": {"ViT-B-32": "ViT-B-32-quickgelu", "ViT-L-14": "ViT-L-14-quickgelu"},
+    "clips": {"ViT-B-32": "ViT-B-32-quickgelu", "ViT-L-14": "ViT-L-14-quickgelu"}, "device": _ANY,
 }  # fmt: skip
 TRACKS["paper-dry"] = replace(
     TRACKS["paper"], **_DRY, name="paper-dry",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from datetime import UTC, datetime
+from operator import index
 from pathlib import Path
 
 import torch
@@ -52,11 +53,11 @@ class EditMemory:
     def open(
         cls, path: str | Path, fingerprint: str | None = None, dim: int | None = None, read_only: bool = False
     ) -> EditMemory:
-        """The memory kept in folder ``path``; with ``dim`` a new one where there is none (FileNotFoundError).
+        """The memory kept in folder ``path``; with ``dim`` a new one where there is none, without it FileNotFoundError.
 
         One writer at a time (BlockingIOError), any number of readers, who see it as it was when they
-        opened it and write nothing into it. Raises ValueError if another classifier than ``fingerprint`` wrote it, or it
-        is damaged. An edit shows the picture that it was stored with, whatever became of the file until now (a
+        opened it and write nothing into it. It knows no classifier: by :meth:`of` the same fact in other words is revised
+        too. Raises ValueError if another classifier than ``fingerprint`` wrote it, or it is damaged. An edit shows the picture that it was stored with, whatever became of the file until now (a
         warning says so); a file overwritten while the memory is open is noticed when it is opened again.
         """
         store = EditStore(path, dim, fingerprint, read_only)
@@ -78,7 +79,7 @@ class EditMemory:
         return len(self._index.ids)
 
     def __getitem__(self, edit_id: int) -> Edit:
-        self._require([edit_id], self._changes.replaced)
+        self._require([index(edit_id)], self._changes.replaced)
         return self._edits[edit_id]
 
     def _require(self, ids: Iterable[int], also: Container[int] = ()) -> None:
@@ -105,15 +106,14 @@ class EditMemory:
         """
         z = checked(embeddings, len(edits), self.dim)
         ids = range(n := len(self._edits), n + len(edits))
-        if self._facts.n != n:  # they were read from the disk, or adding the last ones failed
-            self._facts = Facts(self._edits)
+        self._facts = self._facts.of(self._edits)
         replaced = self._facts.revise(edits, z, self._index.matrix, self._index.here, self.within)
         self._commit("add", ids, replaced, edits, z)
         return list(ids)
 
     def remove(self, ids: Iterable[int]) -> None:
-        """Forget edits. Raises KeyError for an id that is not there; nothing is removed then."""
-        self._require(gone := sorted({int(i) for i in ids}))
+        """Forget edits; what they replaced stays replaced. Raises KeyError for an id that is not there; then none goes."""
+        self._require(gone := sorted({index(i) for i in ids}))
         self._commit("remove", gone)
 
     def undo(self) -> None:
@@ -123,7 +123,7 @@ class EditMemory:
         self._commit("undo", self._changes.standing[-1].ids)
 
     def log(self) -> list[Change]:
-        """Every change (version, change, ids, time), the first one first; undone ones stay in it."""
+        """Every change (version, change, ids, time, replaced), the first one first; undone ones stay in it."""
         return list(self._changes.log)
 
     def at(self, version: int) -> EditMemory:
@@ -142,10 +142,10 @@ class EditMemory:
         return (embeddings.to(self._index.matrix) - self._index.matrix[among]).square().sum(-1)
 
     def nearest(self, embeddings: Tensor, k: int = 1, exact: bool = False) -> tuple[Tensor, Tensor]:
-        """The k nearest edits of each query: (squared distances, ids), both (B, min(k, N)) on the CPU, as the memory is.
+        """The k nearest edits of each query: (squared distances, ids), both (B, min(k, N)) on the CPU.
 
         Found exactly up to :data:`mscke.storage.search.EXACT` edits, beyond them by their codes unless ``exact`` is asked for.
-        Raises ValueError for a query that is not finite.
+        Raises ValueError for a query that is not finite or of another width, or k below 1.
         """
         return self._index.nearest(embeddings.to(self._index.matrix), k, exact)
 

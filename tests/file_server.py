@@ -1,7 +1,7 @@
 """A web server on this machine for files, and for repositories as the Hugging Face hub serves them.
 
 It misbehaves on request: ``cuts`` end so many of the next answers after that many bytes, ``statuses``
-answer the next requests with an error.
+answer the next requests with an error, ``pages`` are paths whose bytes are said to be a web page.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ class FileServer:
 
     def __init__(self):
         self.files, self.repos, self.asked, self.cuts, self.statuses = {}, {}, [], [], []
+        self.pages = set()
         self.ranges = self.etags = True
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -58,6 +59,8 @@ class FileServer:
                 headers = {"ETag": tag} if outer.etags else {}
                 if path.startswith("/api/"):
                     headers["Content-Type"] = "application/json"
+                if path in outer.pages:
+                    headers["Content-Type"] = "text/html; charset=utf-8"
                 if path in outer.repos:
                     headers["X-Repo-Commit"] = outer.repos[path]
                 if wanted and same and outer.ranges:

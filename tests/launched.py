@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from mscke.benchmark.sample import load_records
+from mscke.benchmark.load import load_records
 from mscke.classifier import ClipEncoder, ScopeClassifier
 from mscke.editors.finetune import FineTune
 from mscke.editors.mend import MEND, MendNetworks

@@ -138,3 +138,12 @@ def test_the_table_shows_the_difference():
     rows.append(rows[0].assign(protocol="teacher_forced", value=0.0, strict=0.0))
     table = beside_strict(pd.concat(rows)).set_index("metric")
     assert table.loc["specificity", ["field", "strict", "difference"]].tolist() == [100, 50, 50]
+
+
+@pytest.mark.parametrize("unseen", ["\ufe0f", "\u034f", "\u115f", "\u00ad", "\u200b", "\U000e0100"])
+def test_what_nobody_sees_does_not_count(unseen):
+    assert exact_match([f"\u2764{unseen}", f"c{unseen}at"], ["\u2764", "cat"]).tolist() == [1.0, 1.0]
+
+
+def test_joiners_are_parts_of_words():
+    assert exact_match(["\u0645\u06cc\u200c\u062e"], ["\u0645\u06cc\u062e"]).tolist() == [0.0]

@@ -16,6 +16,7 @@ from PIL import Image
 from mscke.benchmark.construct import construct, main
 from mscke.benchmark.generate import record
 from mscke.benchmark.judge import Judge, JudgeError
+from mscke.benchmark.load import load_records
 from mscke.benchmark.questions import (
     ATTRIBUTES,
     OPPOSITE,
@@ -24,7 +25,7 @@ from mscke.benchmark.questions import (
     in_scope,
     sample_question,
 )
-from mscke.benchmark.sample import RecordError, load_records
+from mscke.benchmark.sample import RecordError
 from mscke.benchmark.scenes import CARDS, CATEGORIES, KINDS, PLACES, render, sample_scene
 from mscke.benchmark.verdicts import Judged, cohen_kappa, judge_pairs
 from mscke.benchmark.vqa import Pair, VisualQuestion, propose, read_nq, read_vqa

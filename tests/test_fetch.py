@@ -74,17 +74,18 @@ def online(server, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     server.publish(fetch.FGVEDIT, JSON, "dataset")
-    for folder in coco.FOLDERS:
-        server.files[f"/zips/{folder}.zip"] = zipped(folder)
+    server.files |= {f"/{name}": body for name, body in IMAGES.items()} | {
+        "/train2014/other.jpg": b"not named"
+    }
     return server
 
 
 def a_store(tmp_path, server=None, **changes) -> Store:
     """A store in ``tmp_path``, with the lock read anew."""
-    zips = f"{server.url}/zips/{{}}.zip" if server else "none"
+    images = f"{server.url}/{{}}" if server else "none"
     lock = Lock(tmp_path / "paper.lock.json")
     return dataclasses.replace(
-        Store(tmp_path / "data", lock, online=server is not None, zips=zips), **changes
+        Store(tmp_path / "data", lock, online=server is not None, images=images), **changes
     )
 
 
@@ -219,7 +220,10 @@ def test_what_is_no_lock_is_refused(tmp_path, text):
 def test_everything_is_fetched_locked_and_then_left_alone(online, tmp_path):
     loaded = a_store(tmp_path, online).benchmark(SIZES)
     assert [len(loaded[split].records) for split in SIZES] == [4, 2]
-    assert tree(tmp_path / "data") == JSON | IMAGES  # nothing else of the zips, and the zips gone
+    assert tree(tmp_path / "data") == JSON | IMAGES
+    assert sorted(path for _, path, _ in online.asked if path.endswith((".jpg", ".zip"))) == [
+        f"/{n}" for n in NAMES
+    ]
 
     lock = json.loads((tmp_path / "paper.lock.json").read_text())
     commit = next(iter(online.repos.values()))
@@ -229,10 +233,6 @@ def test_everything_is_fetched_locked_and_then_left_alone(online, tmp_path):
         "files": {name: hashlib.sha256(body).hexdigest() for name, body in sorted(JSON.items())},
     }
     assert lock["COCO 2014"]["files"] == {n: hashlib.sha256(b).hexdigest() for n, b in IMAGES.items()}
-    archive = lock[f"{online.url}/zips/train2014.zip"]
-    body = online.files["/zips/train2014.zip"]
-    assert archive["files"] == {"train2014.zip": hashlib.sha256(body).hexdigest()}
-    assert archive["revision"] == f'"{hashlib.sha1(body).hexdigest()}"'
 
     online.asked.clear()
     a_store(tmp_path, online).benchmark(SIZES)
@@ -245,7 +245,7 @@ def test_only_what_is_missing_is_fetched_again(online, tmp_path):
     (tmp_path / "data" / NAMES[4]).unlink()
     online.asked.clear()
     a_store(tmp_path, online).benchmark(SIZES)
-    assert [path for _, path, _ in online.asked] == ["/zips/val2014.zip"]
+    assert [path for _, path, _ in online.asked] == [f"/{NAMES[4]}"]
     assert (tmp_path / "paper.lock.json").read_text() == lock
 
 
@@ -280,32 +280,11 @@ def test_a_copy_is_made_where_no_link_can_be(tmp_path, monkeypatch):
     assert tree(tmp_path) == {"a": b"one", "b/c": b"one"}
 
 
-def test_an_interrupted_fetch_goes_on(online, tmp_path):
-    good = online.files["/zips/val2014.zip"]
-    del online.files["/zips/val2014.zip"]
-    with pytest.raises(FetchError, match=r"val2014\.zip gives no file: HTTP 404"):
-        a_store(tmp_path, online).benchmark(SIZES)
-    assert set(tree(tmp_path / "data")) == {*JSON, *NAMES[:4]}
-    online.files["/zips/val2014.zip"] = good
-    online.asked.clear()
-    a_store(tmp_path, online).benchmark(SIZES)
-    assert [path for _, path, _ in online.asked] == ["/zips/val2014.zip"]
-
-
 def test_a_changed_file_is_an_error_that_names_it(online, tmp_path):
     a_store(tmp_path, online).benchmark(SIZES)
     (tmp_path / "data" / NAMES[2]).write_bytes(jpeg(99))
     with pytest.raises(FetchError, match=r"1 of 5 files of COCO 2014 .*000000000002\.jpg"):
         a_store(tmp_path, online).benchmark(SIZES)
-
-
-def test_a_zip_that_is_not_the_locked_one_is_not_opened(online, tmp_path):
-    a_store(tmp_path, online).benchmark(SIZES)
-    (tmp_path / "data" / NAMES[4]).unlink()
-    online.files["/zips/val2014.zip"] += b"x"
-    with pytest.raises(FetchError, match=r"val2014\.zip has\b"):
-        a_store(tmp_path, online).benchmark(SIZES)
-    assert not (tmp_path / "data" / NAMES[4]).exists()
 
 
 def test_the_locked_revision_is_fetched_whatever_is_newer(online, tmp_path, monkeypatch):
@@ -335,7 +314,7 @@ def test_a_damaged_member_is_found_by_its_crc(tmp_path):
     "files, message",
     [
         ({"train2014.zip": zipped("train2014")[:-100]}, r"train2014\.zip is cut short or no zip"),
-        ({"train2014.zip": zipped("train2014"), "val2014.zip": zipped("train2014")}, r"lacks 1 .*000042\.jpg"),
+        ({"train2014.zip": zipped("train2014"), "val2014.zip": zipped("train2014")}, r"1 images are not there, .*000042\.jpg"),
         ({name: IMAGES[name] for name in NAMES[:4]}, r"1 images are not there.*have|val2014/ or val2014\.zip"),
         (IMAGES | {"train_data.json": JSON["train_data.json"][:-40]}, "cut short"),
         (IMAGES | {"train_data.json": json.dumps(ROWS["train"][:3]).encode()}, r"3 records .* not 4: 1 are missing"),
@@ -368,6 +347,14 @@ def test_records_without_an_answer_count_or_do_not(tmp_path):
         a_store(tmp_path, data=own).benchmark({"train": 4, "test": 4})
 
 
+@pytest.mark.parametrize("size", [3, 4])
+def test_records_that_are_left_out_count_as_what_they_should_have_been(tmp_path, size):
+    rows = [*ROWS["test"], a_row(NAMES[4], alt=""), a_row(NAMES[4], loc="")]
+    own = put(tmp_path / "own", JSON | IMAGES | {"test_data.json": json.dumps(rows).encode()})
+    found = a_store(tmp_path, data=own).benchmark({"train": 4, "test": size})["test"]
+    assert (len(found.records), found.skipped, list(found.left_out)) == (2, 1, [3])
+
+
 def test_offline_without_data_says_where_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(FetchError, match="ZhenZeng/FGVEdit is not in the hub's cache"):
@@ -378,6 +365,54 @@ def test_a_hub_without_the_files_is_an_error(online, tmp_path):
     online.publish(fetch.FGVEDIT, {"README.md": b"moved"}, "dataset")
     with pytest.raises(FetchError, match=r"lacks train_data\.json"):
         a_store(tmp_path, online).benchmark(SIZES)
+
+
+@pytest.mark.parametrize("folder", ["annotations", "FGVEdit/v1"])
+@pytest.mark.parametrize("where", ["hub", "data"])
+def test_annotations_may_lie_in_a_folder(online, tmp_path, folder, where):
+    nested = {f"{folder}/{name}": body for name, body in JSON.items()}
+    online.publish(
+        fetch.FGVEDIT, (nested if where == "hub" else {}) | {"my_train_data.json": b"no"}, "dataset"
+    )
+    data = put(tmp_path / "own", nested | IMAGES) if where == "data" else None
+    a_store(tmp_path, online, data=data).benchmark(SIZES)
+    assert tree(tmp_path / "data") == JSON | IMAGES and online.fetched("my_train_data.json") == 0
+    online.asked.clear()
+    a_store(tmp_path, online, data=data).benchmark(SIZES)
+    assert online.asked == []
+
+
+def test_annotations_of_two_folders_are_not_chosen_from(tmp_path):
+    own = put(
+        tmp_path / "own",
+        {f"{folder}/{name}": body for name, body in JSON.items() for folder in ("new", "old")},
+    )
+    with pytest.raises(FetchError, match=r"new/train_data\.json and old/train_data\.json: give DATA="):
+        a_store(tmp_path, data=own).benchmark(SIZES)
+    put(own, JSON | IMAGES)  # those at the top are meant
+    a_store(tmp_path, data=own).benchmark(SIZES)
+
+
+def test_records_with_a_bad_field_are_left_out_and_noted(online, tmp_path, monkeypatch, capsys):
+    """Their images are not fetched; the others keep their numbers, and the count is that of the file."""
+    rows = [*ROWS["train"][:3], a_row(NAMES[3], rephrase=" ")]
+    online.publish(fetch.FGVEDIT, JSON | {"train_data.json": json.dumps(rows).encode()}, "dataset")
+    train = a_store(tmp_path, online).benchmark(SIZES)["train"]
+    assert [r.id for r in train.records] == [0, 1, 2] and list(train.left_out) == [3]
+    assert f"/{NAMES[3]}" not in asked(online)
+    monkeypatch.setattr(fetch, "open_store", lambda *_: a_store(tmp_path, online))
+    small = {f"n_{split}": size for split, size in SIZES.items()} | {
+        "backbones": {},
+        "clips": {},
+        "counterfactuals": {},
+    }
+    monkeypatch.setitem(TRACKS, "paper", dataclasses.replace(TRACKS["paper"], **small))
+    assert fetch.main([]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "train: 1 records with a bad field are left out" in said
+        and 'record 3, field "rephrase": found' in said
+    )
 
 
 # Models
@@ -467,16 +502,70 @@ def test_a_hub_that_refuses_is_an_error(online, tmp_path):
         a_store(tmp_path, online).model("a/none")
 
 
+@pytest.fixture
+def weights(monkeypatch):
+    """What passes for MiniGPT-4's checkpoint as published."""
+    body = b"weights"
+    monkeypatch.setattr(fetch, "MINIGPT4_BYTES", len(body))
+    monkeypatch.setattr(fetch, "MINIGPT4_SHA256", hashlib.sha256(body).hexdigest()[:12] + ".*")
+    return body
+
+
+def asked(server) -> list[str]:
+    return [path for _, path, _ in server.asked]
+
+
 @pytest.mark.parametrize("name", fetch.MINIGPT4_NAMES)
-def test_the_projection_is_local_or_fetched(server, tmp_path, monkeypatch, name):
-    own = put(tmp_path / "own", {name: b"weights"})
+def test_a_projection_of_the_users_own_is_taken_by_either_name(tmp_path, name):
+    own = put(tmp_path / "own", {name: b"of any bytes"})
     assert a_store(tmp_path, models=own).minigpt4() == own / name
-    monkeypatch.setattr(fetch, "MINIGPT4", f"{server.url}/drive")
-    server.files["/drive"] = b"weights"
-    path = a_store(tmp_path, server).minigpt4()
-    assert path.read_bytes() == b"weights" and a_store(tmp_path).minigpt4() == path
-    with pytest.raises(FetchError, match="go online"):
+    locked = json.loads((tmp_path / "paper.lock.json").read_text())[f"spaces/{fetch.SPACE}"]
+    assert locked["files"] == {fetch.PROJECTION: hashlib.sha256(b"of any bytes").hexdigest()}
+
+
+def test_the_projection_comes_off_its_space_on_the_hub(online, tmp_path, monkeypatch, weights):
+    monkeypatch.setattr(fetch, "DRIVE", f"{online.url}/drive")
+    commit = online.publish(fetch.SPACE, {fetch.PROJECTION: weights, "app.py": b"no"}, "space")
+    path = a_store(tmp_path, online).minigpt4()
+    assert path.read_bytes() == weights and "/drive" not in asked(online) and online.fetched("app.py") == 0
+    assert (
+        json.loads((tmp_path / "paper.lock.json").read_text())[f"spaces/{fetch.SPACE}"]["revision"] == commit
+    )
+    assert a_store(tmp_path).minigpt4() == path  # offline, from the hub's cache
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
+    with pytest.raises(FetchError, match=rf"{fetch.PROJECTION}: .*go online"):
         a_store(tmp_path / "other").minigpt4()
+
+
+@pytest.mark.parametrize("space", [None, {"README.md": b"moved"}, {fetch.PROJECTION: b"another"}])
+def test_google_drive_is_second(online, tmp_path, monkeypatch, capsys, weights, space):
+    monkeypatch.setattr(fetch, "DRIVE", f"{online.url}/drive")
+    if space:
+        online.publish(fetch.SPACE, space, "space")
+    online.files["/drive"] = weights
+    path = a_store(tmp_path, online).minigpt4()
+    assert path.read_bytes() == weights and a_store(tmp_path).minigpt4() == path
+    assert "Google Drive is asked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("drive", ["page", "another", "none"])
+def test_a_projection_that_is_nowhere_says_so_of_both(online, tmp_path, monkeypatch, weights, drive):
+    monkeypatch.setattr(fetch, "DRIVE", f"{online.url}/drive")
+    said = {
+        "page": "gives a web page",
+        "another": "is not the checkpoint that was published",
+        "none": "HTTP 404",
+    }
+    if drive != "none":
+        online.files["/drive"] = b"<html>quota" if drive == "page" else b"WEIGHTS"
+    if drive == "page":
+        online.pages.add("/drive")
+    with pytest.raises(
+        FetchError, match=rf"{fetch.SPACE} cannot be fetched.*{said[drive]}.*give MODELS=.*{fetch.PROJECTION}"
+    ):
+        a_store(tmp_path, online).minigpt4()
+    assert not (tmp_path / "data/downloads").exists() or tree(tmp_path / "data/downloads") == {}
+    assert not (tmp_path / "paper.lock.json").exists()
 
 
 def test_options_come_from_the_environment(tmp_path, monkeypatch):
@@ -488,8 +577,9 @@ def test_options_come_from_the_environment(tmp_path, monkeypatch):
         open_store(models=str(tmp_path / "none"))
 
 
-def test_the_command_fetches_everything_or_says_what_is_missing(online, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fetch, "MINIGPT4", f"{online.url}/drive")
+def test_the_command_fetches_everything_or_says_what_is_missing(
+    online, tmp_path, monkeypatch, capsys, weights
+):
     monkeypatch.setattr(fetch, "open_store", lambda *_: a_store(tmp_path, online))
     sources = {"backbones": {"MiniGPT-4": f"minigpt4:{EYES}+{EYES}"}, "clips": {}, "counterfactuals": {}}
     sizes = {f"n_{split}": size for split, size in SIZES.items()}
@@ -497,5 +587,5 @@ def test_the_command_fetches_everything_or_says_what_is_missing(online, tmp_path
     monkeypatch.setitem(TRACKS, "paper", small)
     assert fetch.main([]) == 1 and f"{EYES} cannot be fetched" in capsys.readouterr().err
     online.publish(EYES, SHARDED)
-    online.files["/drive"] = b"weights"
+    online.publish(fetch.SPACE, {fetch.PROJECTION: weights}, "space")
     assert fetch.main([]) == 0 and "paper.lock.json: commit it" in capsys.readouterr().out

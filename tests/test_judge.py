@@ -26,7 +26,7 @@ from PIL import Image, ImageStat
 
 from mscke.benchmark import endpoint
 from mscke.benchmark.judge import Judge, JudgeError, NoReply, Request, Task
-from mscke.benchmark.pictures import open_image
+from mscke.benchmark.pictures import PictureError, open_image
 
 COUNT = Task("count", "How long is the word?", {"n": {"type": "integer"}})
 KEY = "sk-not-a-real-key"
@@ -637,3 +637,55 @@ def test_a_complaint_that_repeats_the_question_is_about_no_parameter(judge):
         with pytest.raises(JudgeError, match="turns the request down"):
             judge(server).ask(Request(COUNT, {"word": word}))
         assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("key", ["sk-SECRET\nsk-two", "sk-SECRETş", "sk SECRET", "sk-SECRET\x00"])
+def test_a_key_that_is_none_is_told_of_without_its_value(key, judge, monkeypatch):
+    import os
+
+    monkeypatch.setattr(os, "environ", {**os.environ, "OPENAI_API_KEY": key})
+    with serve(length) as server, pytest.raises(JudgeError, match="OPENAI_API_KEY") as error:
+        judge(server).ask(words(1)[0])
+    assert "SECRET" not in str(error.value) and not server.bodies
+
+
+def test_a_password_in_the_address_is_used_and_never_kept(tmp_path):
+    with serve(length) as server:
+        url = server.url.replace("http://", "http://user:PASSWORD@") + "?api-version=1"
+        judge = Judge(tmp_path / "verdicts", base_url=url, per_minute=1e6, backoff=0.01, attempts=1)
+        judge.ask(words(1)[0])
+    assert server.headers[0]["path"] == "/v1/chat/completions?api-version=1"
+    (kept,) = (p.read_text() for p in (tmp_path / "verdicts").rglob("*.json"))
+    assert "PASSWORD" not in kept and "127.0.0.1" in kept
+    nobody = Judge(tmp_path / "verdicts", base_url="http://user:PASSWORD@127.0.0.1:1/v1", attempts=1)
+    with pytest.raises(JudgeError) as error:
+        nobody.ask(words(2)[1])
+    assert "PASSWORD" not in str(error.value)
+
+
+@pytest.mark.parametrize("kept", ["{}", "[]", "1", "null", '{"reply": 5}', '{"reply": {"n": "x"}}'])
+def test_a_verdict_that_is_none_is_asked_again(kept, judge, tmp_path):
+    with serve(length) as server:
+        judge(server).ask(words(1)[0])
+        (path,) = (tmp_path / "verdicts").rglob("*.json")
+        path.write_text(kept)
+        assert judge(server).ask(words(1)[0]) == {"n": 1}
+    assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize("setting", ["concurrency", "per_minute", "attempts", "timeout"])
+@pytest.mark.parametrize("value", [0, -5])
+def test_a_setting_that_cannot_be_meant_is_refused(setting, value, tmp_path):
+    with pytest.raises(ValueError, match=f"{setting} is {value}; give more than 0"):
+        Judge(tmp_path, **{setting: value})
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "missing"])
+def test_a_picture_that_is_none_is_named_before_anything_is_asked(damage, judge, picture):
+    data = picture.read_bytes()
+    picture.unlink() if damage == "missing" else picture.write_bytes(
+        data[: len(data) // 2 * (damage == "cut")]
+    )
+    with serve(length) as server, pytest.raises(PictureError, match=r"picture\.png"):
+        judge(server).ask(Request(COUNT, {"word": "a"}, picture))
+    assert not server.bodies

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from mscke.editors.finetune import FineTune
 from mscke.editors.grid import load_clip
 from mscke.editors.mend import MEND, MendNetworks
 from mscke.evaluation.protocol import evaluate
-from mscke.models import sources, tiny
+from mscke.models import prepare, sources, tiny
 from mscke.models.counterfactual import LastLayers
 from mscke.models.decoding import teacher_force
 from mscke.models.mllm import MLLM
@@ -106,6 +108,97 @@ def test_memory_is_said_before_anything_is_loaded(track, bench, tmp_path, monkey
     with pytest.raises(MemoryError, match=r"needs 7\.0 GB and cuda:0 has 6\.0 GB free; set MSCKE_8BIT=1"):
         sources.check_memory("BLIP-2 OPT", 7 * 10**9, gpu, rounded=False)
     sources.check_memory("BLIP-2 OPT", 7 * 10**9, gpu, rounded=True)
+
+
+def test_the_paper_track_computes_on_a_gpu_or_where_the_user_says(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    track, tiny_track = (dataclasses.replace(TRACKS["paper"], device=d) for d in ("cuda", "auto"))
+    with pytest.raises(
+        RuntimeError, match=r"wants a GPU, and PyTorch sees none: make paper-check .*MSCKE_CPU=1"
+    ):
+        sources.device_of(track)
+    assert sources.device_of(dataclasses.replace(track, device="cpu")) == torch.device("cpu")
+    assert sources.device_of(tiny_track) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert sources.device_of(track) == sources.device_of(tiny_track) == torch.device("cuda", 0)
+    assert sources.device_of(dataclasses.replace(track, device="cpu")) == torch.device("cpu")
+    assert sources.device_of(TRACKS["mini"]) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("said", ["", "0", "1"])
+def test_the_environment_says_where_the_paper_track_computes(said):
+    names = ("paper", "paper-blip2", "paper-tiny", "paper-dry", "mini")
+    code = f"from mscke.config import TRACKS; print(*(TRACKS[n].device for n in {names}))"
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"MSCKE_CPU": said},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    assert told == (["cpu"] * 5 if said == "1" else ["cuda", "cuda", "auto", "auto", "cpu"])
+
+
+def test_make_paper_asks_for_the_gpu_before_it_fetches(monkeypatch, capsys):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    said = subprocess.run(
+        ["make", "-n", "-B", "paper", "PYTHON=python"],
+        cwd=ROOT,
+        env=clean,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    steps = [
+        "models.prepare --track paper --device",
+        "benchmark.fetch --track paper",
+        "models.prepare --track paper\n",
+        "papermill",
+    ]
+    places = [said.index(step) for step in steps]
+    assert places == sorted(places)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(TRACKS, "paper", dataclasses.replace(TRACKS["paper"], device="cuda"))
+    assert prepare.main(["--device"]) == 1 and "MSCKE_CPU=1" in capsys.readouterr().err
+    assert (
+        prepare.main(["--device", "--track", "mini"]) == 0
+        and "mini computes on cpu" in capsys.readouterr().out
+    )
+
+
+def test_minigpt4_is_composed_with_the_data(track, bench, spoilt, monkeypatch, capsys):
+    """Before a notebook wants it; what does not fit is said then."""
+    shutil.rmtree(spoilt.models, ignore_errors=True)
+    monkeypatch.setitem(TRACKS, "spoilt", spoilt)
+    assert prepare.main(["--track", "spoilt"]) == 0
+    assert (spoilt.models / "minigpt4" / "config.json").is_file() and "minigpt4:" in capsys.readouterr().out
+    shutil.rmtree(spoilt.models)
+    (vicuna := spoilt.sources["models"] / "Vision-CAIR/vicuna-7b/tokenizer.json").unlink()
+    spoilt.lock.unlink()
+    assert not vicuna.exists() and prepare.main(["--track", "spoilt"]) == 1
+    assert "no tokenizer.json and no tokenizer.model" in capsys.readouterr().err
+    assert not spoilt.models.exists()
+    blip2 = {name: source for name, source in spoilt.backbones.items() if name == "BLIP-2 OPT"}
+    monkeypatch.setitem(TRACKS, "spoilt", dataclasses.replace(spoilt, backbones=blip2))
+    assert prepare.main(["--track", "spoilt"]) == 0
+
+
+def test_what_is_left_out_of_the_files_is_noted(track, bench, spoilt):
+    path = spoilt.sources["data"] / "train_data.json"
+    rows = json.loads(path.read_text())
+    rows[5] |= {"rephrase": ""}
+    path.unlink()
+    path.write_text(json.dumps(rows))
+    (spoilt.data / "train_data.json").unlink(missing_ok=True)
+    spoilt.lock.unlink()
+    found = load_benchmark(spoilt)
+    assert len(found.train) + len(found.validation) == 7 and len(found.test) == 4
+    assert bench.notes == tuple(
+        f"{split}: 1 records without an answer are left out" for split in ("train", "test")
+    )
+    assert "train: 1 records with a bad field are left out (counted from 0):" in found.notes
+    assert any(note.startswith('train:   record 5, field "rephrase"') for note in found.notes)
 
 
 def test_eight_bits_leave_out_what_sees_and_what_is_trained(base):

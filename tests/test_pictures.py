@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mscke.benchmark.load import load_records
 from mscke.benchmark.pictures import PictureError, check_image, inside, open_image
-from mscke.benchmark.sample import RecordError, load_records
+from mscke.benchmark.sample import RecordError
 
 GREY = np.array([[0, 257 * 3, 65_535], [30_000, 128, 129]], np.uint16)
 SHOWN = np.array([[0, 3, 255], [117, 0, 1]])

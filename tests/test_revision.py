@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mscke.benchmark.generate import generate
-from mscke.benchmark.sample import Edit, Query, load_records
+from mscke.benchmark.load import load_records
+from mscke.benchmark.sample import Edit, Query
 from mscke.classifier import BLIND, FUSIONS, OURS, ScopeClassifier
 from mscke.config import get_track
 from mscke.editors.ike import IKE
@@ -17,7 +18,7 @@ from mscke.evaluation.revisions import KINDS, answered_by_later, second_edits, t
 from mscke.memory import EditMemory
 from mscke.models.clip import ClipEncoder
 from mscke.models.counterfactual import CounterfactualModel
-from mscke.storage.revision import SAME, wording
+from mscke.storage.revision import SAME, Facts, wording
 
 pytest_plugins = ["tiny"]
 DIM = 4
@@ -212,3 +213,43 @@ def test_second_edits_are_of_every_kind_and_none_repeats_the_first(others):
     assert all(
         edit.answer != r.edit.answer for kind, edit, r in seen if kind in ("the same words", "reworded")
     )
+
+
+def test_a_change_that_failed_leaves_no_trace(tmp_path, pictures):
+    """What a later edit revises does not depend on it, though a picture's file was overwritten since."""
+    one, two, _ = pictures
+    found = []
+    for fails in (False, True):
+        picture = tmp_path / f"{fails}.png"
+        shutil.copy(one, picture)
+        memory = EditMemory.open(tmp_path / f"memory {fails}", "abc", DIM)
+        memory.add([Edit(str(picture), "What is it?", "a cat")], embedded(1))
+        shutil.copy(two, picture)
+        if fails:
+            with pytest.raises(FileNotFoundError):
+                memory.add([Edit(str(tmp_path / "none.png"), "What is it?", "a cow")], embedded(1))
+        memory.add([Edit(str(picture), "What is it?", "a dog")], embedded(1, seed=3))
+        found.append(memory.log()[-1].replaced)
+        memory.close()
+    assert found == [(), ()]  # another picture
+
+
+def test_facts_forget_what_they_are_told_to(pictures):
+    one, two, _ = pictures
+    edits = [Edit(i, p, "y") for i in (one, two, one) for p in ("What is it?", "Where?", "what is it")]
+    for n in range(len(edits)):
+        short, long = Facts(edits[:n]), Facts(edits)
+        assert vars(long.of(edits[:n])) == vars(short) and vars(short.of(edits)) == vars(Facts(edits))
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["What\u200b is it", "\ufeffWhat is it?", "What is it\u200f?", "What is it\u061f", "What is it\u3002"],
+)
+def test_what_nobody_sees_is_no_other_prompt(other):
+    assert wording(other) == wording("What is it?")
+
+
+def test_wording_folds_every_case():
+    greek = "\u03c4\u03b1\u0390\u03b6\u03c9"
+    assert wording(greek) == wording(greek.upper())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import re
 import struct
@@ -13,15 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mscke.benchmark import load as loading
 from mscke.benchmark import sample
-from mscke.benchmark.sample import (
-    Edit,
-    EditRecord,
-    Query,
-    RecordError,
-    load_records,
-    split_validation,
-)
+from mscke.benchmark.answers import UNSEEN
+from mscke.benchmark.load import load_records, split_validation
+from mscke.benchmark.sample import Edit, EditRecord, Query, RecordError
 
 TEXT = ("src", "rephrase", "fg_gen_q", "fg_gen_a", "fg_loc_q", "fg_loc_a", "loc", "loc_ans")
 
@@ -129,7 +126,7 @@ def test_records_are_frozen_and_hashable(load):
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=9, max_size=9))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 def test_any_text_survives_to_the_letter_but_for_blanks(load, texts):
-    texts = [text if text.strip() else "x" for text in texts]
+    texts = [text if UNSEEN.sub("", text).strip() else "x" for text in texts]
     row = a_row(alt=texts[8], **dict(zip(TEXT, texts, strict=False)))
     (record,) = load([row], check_images=False).records
     queries, answers = record.queries, record.answers
@@ -171,6 +168,38 @@ def test_a_path_of_pathlib_is_taken_and_kept_as_text():
 def test_what_is_neither_text_nor_path_is_named(make, named):
     with pytest.raises(TypeError, match=named):
         make()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"rephrase": " "}, {"loc": 3}, {"image": "../a.png"}, {"fg_loc_a": "\ud800"}]
+)
+def test_records_with_a_bad_field_are_left_out_where_that_is_asked_for(load, bad):
+    rows = [a_row(), a_row() | bad, a_row(alt=""), a_row(src="Another?")]
+    loaded = load(rows, pass_over=True)
+    assert [r.id for r in loaded.records] == [0, 3] and loaded.skipped == 1
+    ((number, why),) = loaded.left_out.items()
+    (name,) = bad
+    assert number == 1 and f'field "{name}"' in str(why)
+    notes = loaded.notes
+    assert notes[0] == "1 records without an answer are left out"
+    assert (
+        notes[1].startswith("1 records with a bad field are left out")
+        and f'  record 1, field "{name}"' in notes[2]
+    )
+    assert load([a_row()]).notes == [] and load([a_row()], pass_over=True).left_out == {}
+    complaint(load, rows, f'record 1, field "{name}"')  # where it is not
+
+
+def test_where_most_records_are_bad_it_is_the_file(load):
+    rows = [a_row(), *(a_row() | {"loc": ""} for _ in range(2))]
+    complaint(load, rows, "2 of 3 records cannot be used", 'record 1, field "loc"', pass_over=True)
+    assert len(load([a_row(), *rows], pass_over=True).records) == 2  # half may be
+
+
+def test_a_bad_image_is_no_bad_field(load, root):
+    (root / "train/cut.png").write_bytes((root / "train/a.png").read_bytes()[:40])
+    complaint(load, [a_row(), a_row("train/cut.png")], 'record 1, field "image"', "damaged", pass_over=True)
+    complaint(load, [a_row(), a_row("train/gone.png")], "record 1", pass_over=True)
 
 
 def test_empty_alt_is_skipped_and_counted_and_ids_stay_file_positions(load):
@@ -318,13 +347,38 @@ def test_absolute_image_path(load, image, check_images):
     complaint(load, [a_row(), a_row(image)], *parts, check_images=check_images)
 
 
-@pytest.mark.parametrize(
-    "image", ["../a.png", "train/../../a.png", "..", "../images0/train/a.png", "a\0.png"]
-)
+@pytest.mark.parametrize("image", ["../a.png", "train/../../a.png", "..", "../images0/train/a.png"])
 @pytest.mark.parametrize("check_images", [True, False])
 def test_image_path_out_of_the_root(load, image, check_images):
     parts = ('record 0, field "image"', "leaves the image root", "inside it")
     complaint(load, [a_row(image)], *parts, check_images=check_images)
+
+
+def test_a_name_with_a_nul_is_told_of_as_that(load):
+    complaint(load, [a_row("a\0.png")], 'record 0, field "image"', "holds a NUL")
+
+
+@pytest.mark.parametrize("field", [*sample.FIELDS])
+def test_a_field_that_is_given_twice(load, field):
+    """Which of its values is meant, nobody knows; JSON's reader takes the last."""
+    row = json.dumps(a_row())
+    twice = row[:-1] + f', "{field}": "another"}}'
+    complaint(load, f"[{twice}]", f'record 0, field "{field}"', "given twice")
+
+
+@pytest.mark.parametrize("field", sample.FIELDS)
+def test_a_text_of_which_nobody_sees_anything(load, field):
+    complaint(load, [a_row() | {field: "\u200b \ufe0f"}], f'record 0, field "{field}"', "nobody sees")
+
+
+@pytest.mark.parametrize("text", ["a\ud83d", "\udc00"])
+def test_half_a_character_is_refused_where_it_comes_in(text):
+    for make in (lambda: Query(text), lambda: Edit("a.png", text, "y"), lambda: Edit("a.png", "t", text)):
+        with pytest.raises(ValueError, match=r"(question|prompt|answer) is .* half a character"):
+            make()
+    for image in (text, "a\0.png", os.fsdecode(b"caf\xe9.png")):
+        with pytest.raises(ValueError, match=r"image is .* rename the file"):
+            Query("t", image)
 
 
 def test_link_may_stay_inside_the_root_but_not_lead_out(load, tmp_path):
@@ -405,8 +459,8 @@ def test_bomb_warning_turned_error_is_the_same_complaint(load, tmp_path):
 
 
 def test_each_distinct_image_is_checked_once(load, root, tmp_path, monkeypatch):
-    checked, really = [], sample.check_image
-    monkeypatch.setattr(sample, "check_image", lambda path: checked.append(path) or really(path))
+    checked, really = [], loading.check_image
+    monkeypatch.setattr(loading, "check_image", lambda path: checked.append(path) or really(path))
     (tmp_path / "bad.png").write_text("no image")
     (tmp_path / "good.png").write_bytes((root / "train/a.png").read_bytes())
     rows = [a_row("good.png"), a_row("bad.png"), a_row("x/../good.png")] * 5

@@ -27,6 +27,7 @@ from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.mllm import MLLM
 from mscke.router import ScopeRouter
 from mscke.storage import search
+from mscke.storage.pictures import write_out
 from mscke.storage.salvage import recover
 from mscke.storage.store import Change
 
@@ -234,6 +235,22 @@ def test_a_memory_that_was_hurt_says_what_is_left_and_gives_it_back(path, hurt, 
         recover(path, tmp_path / "new")
 
 
+def test_what_is_recovered_takes_no_others_place(path, image, tmp_path):
+    """An edit that was undone comes back beside the one that stood, and does not replace it."""
+    memory = EditMemory.open(path, "abc", DIM)
+    for answer in ("right", "wrong"):
+        memory.add([Edit(str(image), "What is it?", answer)], torch.ones(1, DIM))
+    memory.undo()
+    twice = Change(1, "add", (0,), datetime.now(UTC))
+    memory._store.append(twice, [Edit(str(image), "Where?", "left")], torch.ones(1, DIM))
+    memory.close()
+    with pytest.warns(UserWarning, match="look through what is there"):
+        found = recover(path, tmp_path / "new")
+    assert sorted(found[i].answer for i in found.ids.tolist()) == ["left", "right", "wrong"]
+    assert not found.log()[-1].replaced
+    found.close()
+
+
 def test_a_whole_memory_is_recovered_as_it_is(path, written, tmp_path):
     memory = recover(path, tmp_path / "new")
     assert [memory[i] for i in range(len(memory))] == [written[i] for i in written.ids.tolist()]
@@ -403,7 +420,7 @@ def test_a_closed_memory_lets_others_in_whatever_was_forked(path, image, written
     finally:
         child.kill()
     assert change(other, image) == 13
-    with pytest.raises(PermissionError, match="or is closed"):
+    with pytest.raises(PermissionError, match="is closed"):
         change(memory, image)
 
 
@@ -836,3 +853,85 @@ def test_a_memory_opened_again_is_searched_by_the_same_codes(path, image, monkey
     memory.close()
     again = EditMemory.open(path, read_only=True).nearest(queries, 3)
     assert 5 not in found[1] and all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+# ------------------------------------------------------------------------------- a folder that is gone
+
+
+@pytest.mark.parametrize("gone", ["removed", "moved", "another is there", "its lock removed"])
+def test_who_has_lost_the_folder_writes_no_more(gone, path, image, tmp_path):
+    """A change that is acknowledged is in what is at the path now."""
+    memory = EditMemory.open(path, "abc", DIM)
+    change(memory, image)
+    if gone == "its lock removed":
+        (path / "writer.lock").unlink()
+    else:
+        shutil.move(path, tmp_path / "elsewhere")
+    if gone == "removed":
+        shutil.rmtree(tmp_path / "elsewhere")
+    if gone in ("another is there", "its lock removed"):
+        other = EditMemory.open(path, "abc", DIM)
+        change(other, image)
+        n = len(other.log())
+    with pytest.raises(PermissionError, match="moved or removed"):
+        change(memory, image)
+    memory.close()
+    if gone in ("another is there", "its lock removed"):
+        change(other, image)
+        other.close()
+        assert len(EditMemory.open(path, read_only=True).log()) == n + 1
+
+
+@pytest.mark.parametrize("name", ["x.jpg?X-Amz-Signature=" + "a" * 215, "no suffix", "x.tar.gz", "ü.ürgend"])
+def test_a_stored_picture_has_a_name_whatever_its_files_was(name, path, tmp_path):
+    picture = tmp_path / name
+    picture.write_bytes(b"a picture's bytes")
+    memory = EditMemory.open(path, "abc", DIM)
+    memory.add([Edit(str(picture), "t", "y")], torch.zeros(1, DIM))
+    memory.close()
+    picture.unlink()
+    assert Path(EditMemory.open(path)[0].image).read_bytes() == b"a picture's bytes"
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to itself"])
+def test_what_is_no_file_is_no_picture(kind, path, tmp_path):
+    """And nothing waits for a pipe."""
+    there = tmp_path / "there"
+    {
+        "folder": there.mkdir,
+        "pipe": lambda: os.mkfifo(there),
+        "link to itself": lambda: there.symlink_to(there),
+    }[kind]()
+    memory = EditMemory.open(path, "abc", DIM)
+    with pytest.raises(FileNotFoundError, match="there cannot be read; nothing was stored"):
+        memory.add([Edit(str(there), "t", "y")], torch.zeros(1, DIM))
+    assert len(memory) == 0
+
+
+@pytest.mark.parametrize("ids", [[1.9], "12", [None], ["1"]])
+def test_ids_are_whole_numbers(ids, written, path):
+    memory = EditMemory.open(path)
+    before = memory.ids
+    with pytest.raises(TypeError):
+        memory.remove(ids)
+    assert torch.equal(memory.ids, before)
+    with pytest.raises(TypeError):
+        memory[ids[0]]
+
+
+@pytest.mark.parametrize(("queries", "k"), [((1, DIM), 0), ((1, DIM), -1), ((1, DIM + 1), 1), ((DIM,), 1)])
+def test_a_search_that_cannot_be_meant_is_refused(queries, k, written, path):
+    with pytest.raises(ValueError, match="give k of 1 or more"):
+        EditMemory.open(path).nearest(torch.zeros(queries), k)
+
+
+def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"cannot be written to .*No space left"):
+        write_out(tmp_path / "pictures", b"a picture's bytes", "a.png")
+    assert not any((tmp_path / "pictures").iterdir())

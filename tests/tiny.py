@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import Blip2VisionModel, LlamaForCausalLM, OPTForCausalLM
 
 from mscke.benchmark.generate import generate
-from mscke.benchmark.sample import load_records
+from mscke.benchmark.load import load_records
 from mscke.classifier import ScopeClassifier
 from mscke.models.clip import ClipEncoder
 from mscke.models.mllm import MLLM

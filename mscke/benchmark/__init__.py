@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from mscke.benchmark.fetch import open_store
 from mscke.benchmark.generate import generate
-from mscke.benchmark.sample import Edit, EditRecord, Query, load_records, split_validation
+from mscke.benchmark.load import load_records, split_validation
+from mscke.benchmark.sample import Edit, EditRecord, Query
 from mscke.config import Track
 
 __all__ = ["Benchmark", "Edit", "EditRecord", "Query", "load_benchmark", "load_records"]
@@ -14,11 +15,15 @@ __all__ = ["Benchmark", "Edit", "EditRecord", "Query", "load_benchmark", "load_r
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Records of one track. ``validation`` is cut from the train file, by image; ``test`` decides nothing."""
+    """Records of one track. ``validation`` is cut from the train file, by image; ``test`` decides nothing.
+
+    ``notes``: what of the files is not among them, or not as it stands there, a line each.
+    """
 
     train: list[EditRecord]
     validation: list[EditRecord]
     test: list[EditRecord]
+    notes: tuple[str, ...] = ()
 
 
 loaded_once: dict[tuple, Benchmark] = {}
@@ -26,6 +31,8 @@ loaded_once: dict[tuple, Benchmark] = {}
 
 def load_benchmark(track: Track) -> Benchmark:
     """Generate or fetch the track's records unless they are there, check every one, and split; once a process.
+
+    Of the published data, records with a bad field are left out and noted.
 
     Raises :class:`RecordError` for a record that cannot be used, and for data that are fetched
     :class:`mscke.benchmark.lock.FetchError` when something is missing or not as locked.
@@ -43,4 +50,5 @@ def _load(track: Track) -> Benchmark:
         files = {split: generate(track.data, split, size, track.seed) for split, size in track.sizes.items()}
         loaded = {split: load_records(path, track.data) for split, path in files.items()}
     train, validation = split_validation(loaded["train"].records, track.validation, track.seed)
-    return Benchmark(train, validation, loaded["test"].records)
+    notes = tuple(f"{split}: {note}" for split, found in loaded.items() for note in found.notes)
+    return Benchmark(train, validation, loaded["test"].records, notes)

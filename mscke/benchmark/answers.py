@@ -15,8 +15,9 @@ ways to write a letter have become one. Where it differs from VQA's own program:
 from __future__ import annotations
 
 import functools
-import re
 import unicodedata
+
+import regex as re
 
 NUMBERS = {"none": "0"} | {w: str(n) for n, w in enumerate(
     "zero one two three four five six seven eight nine ten".split()
@@ -36,8 +37,16 @@ _CONTRACTED = {  # VQA's list by ending, without apostrophes
 CONTRACTIONS = {word + end for end, words in _CONTRACTED.items() for word in words.split()}
 MARKS = set(';/[]"{}()=+\\_-><@,?!') | set("−¿¡؟،؛۔。、।")  # VQA's, and other scripts'
 MARK_KINDS = {"Pd", "Ps", "Pe", "Pi", "Pf", "Pc"}  # every dash, bracket, quotation mark and connector
-JOINERS = "\u200c\u200d"  # unseen, but parts of words
+UNSEEN = re.compile(
+    r"(?![\u200c\u200d])[\p{Cf}\p{Default_Ignorable_Code_Point}]"
+)  # but joiners: parts of words
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 APOSTROPHES = str.maketrans(dict.fromkeys("‘’ʼ´`", "'"))
+
+
+def is_text(text: str) -> bool:
+    """Whether it is whole characters: half of one (a lone surrogate) can be neither read nor stored."""
+    return not SURROGATE.search(text)
 
 
 def strict_answer(text: str) -> str:
@@ -52,7 +61,7 @@ def normalise_answer(text: str) -> str:
     An answer of articles alone keeps them, one of marks alone its marks; so that only an answer of nothing but blanks
     and stops becomes empty.
     """
-    folded = strict_answer(_fold(text))
+    folded = strict_answer(fold(text))
     plain = re.sub(r"(?<=\d),(?=\d)", "", folded)  # 12,000
     plain = re.sub(r"\.(?!\d)", "", plain)  # a.m., but 3.5
     words = "".join(" " if _is_mark(c) else c for c in plain).split()
@@ -60,9 +69,9 @@ def normalise_answer(text: str) -> str:
     return " ".join([word for word in words if word not in ARTICLES] or words) or folded
 
 
-def _fold(text: str) -> str:
+def fold(text: str) -> str:
     """One of Unicode's ways to write ``text``, without case or what nobody sees: NFKC_Casefold, and one apostrophe."""
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf" or c in JOINERS)
+    text = UNSEEN.sub("", text)
     for _ in range(2):  # what a letter unfolds into may fold again
         text = unicodedata.normalize("NFD", text).translate(APOSTROPHES).casefold()
         text = unicodedata.normalize("NFKC", text)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mscke.benchmark.pictures import ORIENTATION, open_image
+from mscke.benchmark.pictures import ORIENTATION, check_image, open_image
 
 LONGEST_SIDE = 2048  # pixels; larger pictures are scaled down, as endpoints do themselves
 MOST_BYTES = 3 << 20  # of a file that is sent as it is
@@ -32,7 +32,11 @@ def facts_text(facts: dict) -> str:
 
 
 def file_url(image: Path) -> str:
-    """The file as it is, as a data URL; its hash stands for the picture in a verdict's name."""
+    """The file as it is, as a data URL; its hash stands for the picture in a verdict's name.
+
+    Raises :class:`PictureError` for a file that is no whole picture.
+    """
+    check_image(image)
     with Image.open(image) as opened:
         return _url(opened.get_format_mimetype(), Path(image).read_bytes())
 
@@ -101,7 +105,9 @@ class Fit:
         with self._lock:
             if name not in self.without:
                 self.without.add(name)
-                self._say(f"does not take {name} as it was sent; from now on it is asked without ({said})")
+                self._say(
+                    f"does not take {name} as it was sent; from now on it is asked without it, or under its other name ({said})"
+                )
 
     def leave_room(self, room: int) -> None:
         """Replies were cut off, and are whole with room for ``room`` tokens."""

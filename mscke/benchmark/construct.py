@@ -3,7 +3,7 @@
 The paper's construction (§4). Questions are grouped by image; an edit gives one of them another answer,
 and each other question on the image is a candidate. The judge decides (1) from image and text whether the
 edit entails the candidate's answer (in scope) or is independent of it (out of scope), then (2) from the
-text alone; only what the text does not settle is kept. The judge rewords the prompts, too, and locality
+text alone; kept is what the text alone leaves open, or gets wrong. The judge rewords the prompts, too, and locality
 pairs come from NQ-open::
 
     OPENAI_API_KEY=… python -m mscke.benchmark.construct --questions questions.json \\
@@ -30,7 +30,8 @@ from tqdm import tqdm
 from mscke.benchmark import pictures
 from mscke.benchmark.answers import normalise_answer
 from mscke.benchmark.judge import Judge, JudgeError, NoReply, Request, Task, write_json
-from mscke.benchmark.sample import SHOWN, RecordError, load_records, split_validation
+from mscke.benchmark.load import load_records, split_validation
+from mscke.benchmark.sample import SHOWN, RecordError
 from mscke.benchmark.verdicts import Judged, judge_pairs, left_out
 from mscke.benchmark.vqa import COCO_NAME, VisualQuestion, propose, read_nq, read_vqa
 

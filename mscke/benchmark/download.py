@@ -1,9 +1,11 @@
-"""One large file over plain HTTP: resumed where it was cut, and in place only when it is whole."""
+"""A file over plain HTTP: resumed where it was cut, and in place only when it is whole and found sound."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx2
@@ -15,33 +17,56 @@ ATTEMPTS = 6  # in a row that bring nothing
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
+class Refused(FetchError):
+    """The server answers, and not with the file that is wanted: to ask at once again is of no use."""
+
+
 class _Cut(Exception):
     """The connection ended before the file did."""
 
 
-def download(url: str, path: Path, wait: float = 1.0) -> str | None:
+def open_client(connections: int = 1) -> httpx2.Client:
+    """A client with so many connections, which threads may share and its files one after the other."""
+    limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+    return httpx2.Client(follow_redirects=True, timeout=30, limits=limits)
+
+
+def download(
+    url: str, path: Path, wait: float = 1.0, check: Callable[[Path], None] | None = None,
+    client: httpx2.Client | None = None,
+) -> str | None:  # fmt: skip
     """Fetch ``url`` into ``path``; the server's validator (ETag or Last-Modified), if it has one.
 
     Bytes gather in ``path.part``. A later call goes on there, if the server says (``If-Range``) that the
     file is still the same, and begins anew otherwise. Failures that may pass are tried again after
-    ``wait`` seconds, then twice that, and so on. Raises :class:`FetchError`; the bytes so far are kept.
+    ``wait`` seconds, then twice that, and so on. ``check`` gets the whole part, and raises for what is not to be
+    put in place: it is deleted then. With a ``client`` of :func:`open_client` this is one of many files, and no
+    bar is drawn for it.
+
+    Raises :class:`Refused` where the server has no such file, else :class:`FetchError`; the bytes so far are kept.
     """
     part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.tag")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with httpx2.Client(follow_redirects=True, timeout=30) as client:
-        _persist(client, url, part, tag, wait)
-    os.replace(part, path)
+    with nullcontext(client) if client else open_client() as connected:
+        _persist(connected, url, part, tag, wait, alone=client is None)
     validator = _read(tag)
     tag.unlink(missing_ok=True)
+    try:
+        if check:
+            check(part)
+    except Exception:
+        part.unlink()
+        raise
+    os.replace(part, path)
     return validator or None
 
 
-def _persist(client: httpx2.Client, url: str, part: Path, tag: Path, wait: float) -> None:
+def _persist(client: httpx2.Client, url: str, part: Path, tag: Path, wait: float, alone: bool) -> None:
     failures = 0
     while failures < ATTEMPTS:
         before = _size(part)
         try:
-            return _go_on(client, url, part, tag)
+            return _go_on(client, url, part, tag, alone)
         except (httpx2.TransportError, _Cut) as error:
             why = str(error) or type(error).__name__
         failures = 0 if _size(part) > before else failures + 1
@@ -50,7 +75,7 @@ def _persist(client: httpx2.Client, url: str, part: Path, tag: Path, wait: float
     raise FetchError(f"{url} cannot be fetched ({why}); {kept}")
 
 
-def _go_on(client: httpx2.Client, url: str, part: Path, tag: Path) -> None:
+def _go_on(client: httpx2.Client, url: str, part: Path, tag: Path, alone: bool) -> None:
     """One request for what ``part`` still lacks; returns when it is whole."""
     done, validator = _size(part), _read(tag)
     headers = {"Accept-Encoding": "identity"}  # a range of compressed bytes would be another file
@@ -65,11 +90,13 @@ def _go_on(client: httpx2.Client, url: str, part: Path, tag: Path) -> None:
         if response.status_code == 416 or start not in (0, done):
             part.unlink()
             raise _Cut(f"the server has {total} bytes and sends from {start}")
-        if response.is_error or "text/html" in response.headers.get("Content-Type", ""):
-            raise FetchError(f"{url} gives no file: HTTP {response.status_code} {response.reason_phrase}")
+        if response.is_error:
+            raise Refused(f"{url} gives no file: HTTP {response.status_code} {response.reason_phrase}")
+        if "text/html" in response.headers.get("Content-Type", ""):
+            raise Refused(f"{url} gives a web page and no file: open it in a browser to see what it says")
         if start == 0:
             tag.write_text(_validator(response), encoding="utf-8")
-        with open(part, "ab" if start else "wb") as file, _bar(part, start, total) as bar:
+        with open(part, "ab" if start else "wb") as file, _bar(part, start, total, alone) as bar:
             for chunk in response.iter_raw():  # as it comes: a cut loses nothing
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -92,8 +119,11 @@ def _validator(response: httpx2.Response) -> str:
     return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
 
 
-def _bar(part: Path, start: int, total: int | None) -> tqdm:
-    return tqdm(desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, mininterval=2)
+def _bar(part: Path, start: int, total: int | None, alone: bool) -> tqdm:
+    hidden = {} if alone else {"disable": True}
+    return tqdm(
+        desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, mininterval=2, **hidden
+    )
 
 
 def _size(part: Path) -> int:

@@ -46,14 +46,21 @@ class Endpoint:
     backoff: float
 
     def __post_init__(self):
-        self.url = self.base_url.rstrip("/") + "/chat/completions"
-        _check_address(self.url)
+        url = _address(self.base_url)
+        self.url = url.copy_with(path=url.path.rstrip("/") + "/chat/completions")
+        self.shown = str(
+            url.copy_with(userinfo=b"", query=None)
+        )  # in messages and in what is kept: no password
         key = os.environ.get("OPENAI_API_KEY", "").strip()  # local endpoints need none
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise JudgeError(
+                "OPENAI_API_KEY holds characters that no key has (a line break, say): set it anew"
+            )
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=self.concurrency)
         self._client = httpx2.Client(headers=headers, timeout=self.timeout, limits=limits)
         self._pace = _Pace(60 / self.per_minute)
-        self._fit = Fit(self.url)
+        self._fit = Fit(self.shown)
 
     def complete(self, body: dict, schema: dict) -> tuple[dict | None, dict]:
         """(the reply that follows ``schema``, None if it is refused; the rest of the answer).
@@ -85,7 +92,7 @@ class Endpoint:
             last, tried = str(error) or type(error).__name__, attempts.statistics["attempt_number"]
             kind = Unanswered if isinstance(error, Unreadable) else JudgeError
             raise kind(
-                f"{self.url} gave no usable answer in {tried} attempts; the last one: {last}"
+                f"{self.shown} gave no usable answer in {tried} attempts; the last one: {last}"
             ) from error
 
     def _attempt(self, body: dict, schema: dict) -> tuple[dict | None, dict]:
@@ -98,7 +105,7 @@ class Endpoint:
             said = f"HTTP {status}: {shown(content)}"
             if status in (408, 409, 425, 429) or status >= 500:
                 if (seconds := _retry_after(headers.get("retry-after", ""))) > LONGEST_WAIT:
-                    raise JudgeError(f"{self.url} asks to wait for {seconds:.0f} s ({said})")
+                    raise JudgeError(f"{self.shown} asks to wait for {seconds:.0f} s ({said})")
                 self._pace.hold(seconds)
                 raise _TryAgain(said)
             if status in (400, 403, 422, 451) and filtered(content, sent):
@@ -111,7 +118,7 @@ class Endpoint:
             if status != 200:
                 hint = "; see that OPENAI_API_KEY is the key of this endpoint" if status in (401, 403) else ""
                 kind = Unanswered if status in (400, 413, 422) else JudgeError  # which is about all questions
-                raise kind(f"{self.url} turns the request down, {said}{hint}")
+                raise kind(f"{self.shown} turns the request down, {said}{hint}")
             try:
                 found = read_reply(content, schema)
             except Unreadable as error:
@@ -152,13 +159,13 @@ class _Pace:
             self.next = max(self.next, time.monotonic() + seconds)
 
 
-def _check_address(url: str) -> None:
+def _address(url: str) -> httpx2.URL:
     try:
-        sound = httpx2.URL(url).scheme in ("http", "https")
+        if (found := httpx2.URL(url)).scheme in ("http", "https"):
+            return found
     except httpx2.InvalidURL:
-        sound = False
-    if not sound:
-        raise JudgeError(f"{url} is no http(s) address; mend OPENAI_BASE_URL")
+        pass
+    raise JudgeError(f"{url} is no http(s) address; mend OPENAI_BASE_URL")
 
 
 def _retry_after(value: str) -> float:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +24,19 @@ from huggingface_hub import is_offline_mode
 from mscke.benchmark import coco, hub
 from mscke.benchmark.download import download
 from mscke.benchmark.generate import SIZES
-from mscke.benchmark.lock import FetchError, Lock
-from mscke.benchmark.sample import LoadedRecords, RecordError, load_records
+from mscke.benchmark.load import LoadedRecords, load_records
+from mscke.benchmark.lock import FetchError, Lock, sha256
+from mscke.benchmark.sample import RecordError
 from mscke.config import Track, get_track
 
 FGVEDIT = "ZhenZeng/FGVEdit"
 FILES = {"train": "train_data.json", "test": "test_data.json"}
 
-# The 7B checkpoint that MiniGPT-4's README links to; its authors also spell it "prerained".
-MINIGPT4 = "https://drive.google.com/uc?export=download&id=1RY9jV0dyqLX-o38LrumkKRh6Jtaop58R"
-MINIGPT4_NAMES = ("pretrained_minigpt4_7b.pth", "prerained_minigpt4_7b.pth")
+# MiniGPT-4's 7B checkpoint: in its authors' space on the hub, spelt like this, and where their README links to.
+SPACE, PROJECTION = "Vision-CAIR/minigpt4", "prerained_minigpt4_7b.pth"
+DRIVE = "https://drive.google.com/uc?export=download&id=1RY9jV0dyqLX-o38LrumkKRh6Jtaop58R"
+MINIGPT4_NAMES = ("pretrained_minigpt4_7b.pth", PROJECTION)
+MINIGPT4_BYTES, MINIGPT4_SHA256 = 37_907_201, r"017a9ed588a1.*dcbb"  # as the space lists it
 
 
 @dataclass(frozen=True)
@@ -47,44 +52,50 @@ class Store:
     data: Path | None = None
     models: Path | None = None
     online: bool = True
-    zips: str = coco.ZIPS
+    images: str = coco.IMAGES
 
     def benchmark(self, sizes: dict[str, int] = SIZES) -> dict[str, LoadedRecords]:
         """The records of each split, checked, counted and locked, with every image they name in ``folder``."""
         for path in self.annotations(sizes).values():
             if path.parent != self.folder:
                 coco.place(path, self.folder / path.name)
-        names = self.named(self.folder / name for name in FILES.values())
-        coco.collect(names, self.folder, self.data, self.lock, self.zips if self.online else None)
+        needed = self.named(self.folder / name for name in FILES.values())
+        coco.collect(needed, self.folder, self.data, self.lock, self.images if self.online else None)
         # opens every image, so that none that is cut short is ever locked
-        loaded = {split: load_records(self.folder / name, self.folder) for split, name in FILES.items()}
-        self.lock.check("COCO 2014", {name: self.folder / name for name in sorted(names)})
+        loaded = {split: self.read(self.folder / name) for split, name in FILES.items()}
+        self.lock.check(coco.SOURCE, {name: self.folder / name for name in sorted(needed)})
         return loaded
+
+    def read(self, path: Path, check_images: bool = True) -> LoadedRecords:
+        """The records of the JSON file ``path``, images below ``folder``; those with a bad field are left out and noted."""
+        return load_records(path, self.folder, check_images=check_images, pass_over=True)
 
     def annotations(self, sizes: dict[str, int] = SIZES) -> dict[str, Path]:
         """The JSON file of each split where it lies now, read through, counted and locked."""
         source, revision = f"datasets/{FGVEDIT}", None
         folders = [folder for folder in (self.folder, self.data) if folder is not None]
-        here = (folder for folder in folders if all((folder / name).is_file() for name in FILES.values()))
-        if (folder := next(here, None)) is None:
+        found = next((files for files in map(_files, folders) if len(files) == len(FILES)), None)
+        if found is None:
             wanted = self.lock.revision(source) or "main"
-            folder = hub.snapshot(FGVEDIT, FILES.values(), wanted, self.online, "dataset")
-            revision = folder.name
-        found = {split: folder / name for split, name in FILES.items()}
-        for split, path in found.items():
-            if not path.is_file():
+            patterns = [pattern for name in FILES.values() for pattern in (name, f"*/{name}")]
+            folder = hub.snapshot(FGVEDIT, patterns, wanted, self.online, "dataset")
+            found, revision = _files(folder), folder.name
+            if lacking := [name for split, name in FILES.items() if split not in found]:
                 raise FetchError(
-                    f"{FGVEDIT}: {folder} lacks {path.name}; fetch it, or give DATA= a folder with it"
+                    f"{FGVEDIT}: {folder} lacks {lacking[0]}; fetch it, or give DATA= a folder with it"
                 )
-            _count(path, load_records(path, self.folder, check_images=False), sizes[split])
+        for split, path in found.items():
+            _count(path, self.read(path, check_images=False), sizes[split])
         self.lock.check(source, {path.name: path for path in found.values()}, revision)
         return found
 
-    def named(self, paths: Iterable[Path]) -> set[str]:
-        """The images that the records of the JSON files ``paths`` name, relative to ``folder``."""
-        root = os.path.realpath(self.folder)
-        loaded = [load_records(path, root, check_images=False).records for path in paths]
-        return {os.path.relpath(record.edit.image, root) for records in loaded for record in records}
+    def named(self, paths: Iterable[Path]) -> dict[str, list[str]]:
+        """The images that records of the JSON files ``paths`` name, relative to ``folder``, and which records do."""
+        root, needed = os.path.realpath(self.folder), defaultdict(list)
+        for path in paths:
+            for record in self.read(path, check_images=False).records:
+                needed[os.path.relpath(record.edit.image, root)].append(f"{path.name}, record {record.id}")
+        return dict(needed)
 
     def model(self, repo: str, parts: hub.Parts | None = None) -> Path:
         """The folder with the files of the hub's model ``repo``: below ``models``, else the hub's cache."""
@@ -99,17 +110,35 @@ class Store:
         return folder
 
     def minigpt4(self) -> Path:
-        """MiniGPT-4's 7B checkpoint, a dict whose key ``model`` holds ``llama_proj``."""
+        """MiniGPT-4's 7B checkpoint, a dict whose key ``model`` holds ``llama_proj``; off the hub, else Google Drive."""
+        source, revision = f"spaces/{SPACE}", None
         folders = [folder for folder in (self.models, self.folder / "downloads") if folder is not None]
         paths = [folder / name for folder in folders for name in MINIGPT4_NAMES]
-        path, revision = next((path for path in paths if path.is_file()), None), None
+        path = next((path for path in paths if path.is_file()), None)
         if path is None:
-            path = self.folder / "downloads" / MINIGPT4_NAMES[0]
-            if not self.online:
-                raise FetchError(f"{path.name} is not there: go online, or give MODELS= a folder that has it")
-            revision = download(MINIGPT4, path)
-        self.lock.check(MINIGPT4, {MINIGPT4_NAMES[0]: path}, revision)
+            path, revision = self._projection(self.lock.revision(source) or "main")
+        self.lock.check(source, {PROJECTION: path}, revision)
         return path
+
+    def _projection(self, revision: str) -> tuple[Path, str | None]:
+        """The checkpoint as its authors published it, and the space's commit that it is of, if it is."""
+        try:
+            folder = hub.snapshot(SPACE, [PROJECTION], revision, self.online, "space")
+            _as_published(path := folder / PROJECTION)
+            return path, folder.name
+        except FetchError as error:
+            if not self.online:
+                raise FetchError(f"{PROJECTION}: {error}") from None
+            why = error
+        print(f"{why}\nGoogle Drive is asked for {PROJECTION} instead.", file=sys.stderr)
+        try:
+            download(DRIVE, path := self.folder / "downloads" / PROJECTION, check=_as_published)
+        except FetchError as error:
+            fix = f"give MODELS= a folder with {PROJECTION}, which MiniGPT-4's README links to"
+            raise FetchError(
+                f"{PROJECTION} is to be had neither here ({why}) nor there ({error}): {fix}"
+            ) from None
+        return path, None
 
 
 def open_store(
@@ -133,9 +162,37 @@ def _folder(path: str | Path | None, name: str) -> Path | None:
     return folder.resolve() if path else None
 
 
+def _files(folder: Path) -> dict[str, Path]:
+    """FGVEdit's JSON file of each split that ``folder`` has, at its top or else somewhere below."""
+    found = {}
+    for split, name in FILES.items():
+        below = [folder / name] if (folder / name).is_file() else sorted(folder.glob(f"*/**/{name}"))
+        if len(below) > 1:
+            some = " and ".join(str(path.relative_to(folder)) for path in below)
+            raise FetchError(f"{folder} has {some}: give DATA= a folder with the {name} that is meant")
+        if below:
+            found[split] = below[0]
+    return found
+
+
+def _as_published(path: Path) -> None:
+    """Raise FetchError unless this is MiniGPT-4's checkpoint as its space lists it."""
+    if not path.is_file():
+        raise FetchError(f"{SPACE} has no {path.name} any more")
+    if (size := path.stat().st_size) != MINIGPT4_BYTES or not re.fullmatch(MINIGPT4_SHA256, sha256(path)):
+        raise FetchError(
+            f"{path} is not the checkpoint that was published: it has {size:,} bytes and SHA-256 "
+            f"{sha256(path)[:16]}…, not {MINIGPT4_BYTES:,} and {MINIGPT4_SHA256[:12]}…"
+        )
+
+
 def _count(path: Path, loaded: LoadedRecords, size: int) -> None:
-    """The paper does not say whether its counts include records with an empty ``alt``: either way will do."""
-    usable, listed = len(loaded.records), len(loaded.records) + loaded.skipped
+    """The paper does not say whether its counts include records with an empty ``alt``: either way will do.
+
+    Those that were left out count as what they should have been.
+    """
+    usable = len(loaded.records) + len(loaded.left_out)
+    listed = usable + loaded.skipped
     if size not in (usable, listed):
         gap = f"{size - listed:,} are missing" if listed < size else f"{usable - size:,} are too many"
         raise FetchError(
@@ -156,8 +213,11 @@ def main(arguments: list[str] | None = None) -> int:
     track = get_track(options.track)
     try:
         store = open_store(options.data, options.models, track)
-        store.benchmark(track.sizes)
+        loaded = store.benchmark(track.sizes)
         print("FGVEdit and its images:", store.folder)
+        for split, found in loaded.items():
+            for note in found.notes:
+                print(f"  {split}: {note}")
         for repo in sorted(track.fetches):
             print(f"{repo}:", store.model(repo))
         if any(source.startswith("minigpt4:") for source in track.backbones.values()):

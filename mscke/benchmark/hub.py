@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -19,22 +19,24 @@ from mscke.benchmark.lock import FetchError
 class Parts:
     """Which files of a model's repository are wanted. Of ``weights``, the first kind that there is.
 
-    Of the shards that an index lists, those that hold a tensor whose name begins as ``tensors`` says.
+    Of the shards that an index lists, those that hold a tensor whose name begins as ``tensors`` says. ``size``: of
+    the wanted files as they are published, in bytes, where it is known.
     """
 
     texts: tuple[str, ...] = ("*.json", "*.txt", "*.model")
     weights: tuple[str, ...] = ("*.safetensors", "*.bin")
     tensors: tuple[str, ...] = ("",)
+    size: float = 0
 
 
 _CLIP = Parts(("open_clip_config.json",), ("open_clip*.safetensors", "open_clip*.bin"))
 MODELS = {
-    "Salesforce/blip2-opt-2.7b": Parts(),
-    "Salesforce/blip2-flan-t5-xxl": Parts(tensors=("vision_model.", "query_tokens", "qformer.")),
-    "Vision-CAIR/vicuna-7b": Parts(),
-    "facebook/opt-125m": Parts(),
-    "timm/vit_base_patch32_clip_224.openai": _CLIP,
-    "timm/vit_large_patch14_clip_224.openai": _CLIP,
+    "Salesforce/blip2-opt-2.7b": Parts(size=15.0e9),
+    "Salesforce/blip2-flan-t5-xxl": Parts(tensors=("vision_model.", "query_tokens", "qformer."), size=10.0e9),
+    "Vision-CAIR/vicuna-7b": Parts(size=13.5e9),
+    "facebook/opt-125m": Parts(size=0.3e9),
+    "timm/vit_base_patch32_clip_224.openai": replace(_CLIP, size=0.6e9),
+    "timm/vit_large_patch14_clip_224.openai": replace(_CLIP, size=1.7e9),
 }
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+import jsonschema
 from tqdm import tqdm
 
 from mscke.benchmark.asked import facts_text, file_url, picture_url
@@ -75,7 +76,7 @@ class Judge:
     ``options`` are sent along; one that the endpoint turns down is left out from then on (:class:`Fit`).
     One request takes at most ``attempts`` tries of ``timeout`` seconds; the waits between them grow from
     ``backoff`` seconds, drawn at random, up to a minute. ``leave_out`` is the share of questions, rounded up,
-    that :meth:`ask_all` may leave without a usable reply; refusals are not among them.
+    that :meth:`ask_all` may leave without a usable reply, one of a single one too; refusals are not among them.
     """
 
     cache: str | Path
@@ -92,6 +93,9 @@ class Judge:
     def __post_init__(self):
         if not 0 <= self.leave_out <= 1:
             raise ValueError(f"leave_out is {self.leave_out}; give a share from 0 to 1")
+        for name in ("concurrency", "per_minute", "attempts", "timeout"):
+            if not (value := getattr(self, name)) > 0:
+                raise ValueError(f"{name} is {value}; give more than 0")
         self._endpoint = Endpoint(
             self.base_url, self.concurrency, self.per_minute, self.attempts, self.timeout, self.backoff
         )
@@ -137,14 +141,17 @@ class Judge:
         with self._locks[int(digest[:SHARD], 16)]:  # the same content is asked by one thread only
             try:
                 reply = json.loads(path.read_bytes())["reply"]
-            except (FileNotFoundError, ValueError):  # ValueError: a disk that lost half of it
+                if reply is not None:
+                    jsonschema.validate(reply, task.schema)
+            # a disk that lost half of it, or someone who mended it by hand
+            except (FileNotFoundError, ValueError, LookupError, TypeError, jsonschema.ValidationError):
                 body = self._body(task, facts_text(request.facts), image and picture_url(image))
                 try:
                     reply, answer = self._endpoint.complete(body, task.schema)
                 except JudgeError as error:
                     kept = f"Every verdict so far is kept in {self.cache}: run again to go on from there."
                     raise type(error)(f"{error}. {kept}") from error
-                kept = {"reply": reply, "endpoint": self.base_url, "answer": answer, "request": asked}
+                kept = {"reply": reply, "endpoint": self._endpoint.shown, "answer": answer, "request": asked}
                 write_json(path, kept)
         return NoReply.REFUSED if reply is None else reply
 
@@ -171,5 +178,9 @@ def write_json(path: Path, value: object) -> None:
     """Write ``value`` whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error

@@ -25,8 +25,9 @@ from mscke.benchmark.generate import (
     side,
     write_records,
 )
+from mscke.benchmark.load import load_records
 from mscke.benchmark.questions import IDENTITY, Question, Reference, in_scope, references
-from mscke.benchmark.sample import EditRecord, load_records
+from mscke.benchmark.sample import EditRecord
 from mscke.benchmark.scenes import KINDS, KNOWN, RECORD_FOLD, Scene, fold, sample_scene, sprite
 from mscke.config import Track
 

@@ -40,6 +40,7 @@ def inside(root: str, image: str) -> str:
         if os.path.commonpath([root, path]) == root:
             return path
     fault = "is absolute" if absolute else 'leaves the image root, by ".." or a link'
+    fault = "holds a NUL" if "\0" in image else fault
     raise PictureError(f"{image!r} {fault}; give a path relative to {root}, inside it")
 
 
@@ -64,7 +65,13 @@ def check_image(path: str | Path) -> None:
 def _opened(path: str | Path, use):
     """What ``use`` makes of the file's picture; whatever goes wrong has the file's name."""
     if not os.path.isfile(path):
+        if os.path.lexists(path):
+            raise PictureError(
+                f"{path} is no file, nor a link to one; give a picture's, or another image root"
+            )
         raise PictureError(f"no file {path}{_close_to(Path(path))}; fetch it, or give another image root")
+    if not os.access(path, os.R_OK):
+        raise PictureError(f"{path} may not be read; change its permissions")
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -125,7 +132,10 @@ def _close_to(path: Path) -> str:
 
 
 def _names(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder)) if folder.is_dir() else []
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:  # no folder, or one that may not be read
+        return []
 
 
 def _folded(name: str) -> str:

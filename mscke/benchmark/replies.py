@@ -105,7 +105,7 @@ def _find(text: str, schema: dict) -> dict | None:
     """The one object in ``text`` that follows ``schema``."""
     follows = jsonschema.Draft202012Validator(schema).is_valid
     try:
-        if _is_text(whole := json.loads(text)) and follows(whole):
+        if _is_text(whole := json.loads(text, object_pairs_hook=once)) and follows(whole):
             return whole
     except (ValueError, RecursionError):
         pass
@@ -116,14 +116,32 @@ def _find(text: str, schema: dict) -> dict | None:
 
 def _objects(text: str) -> Iterator[dict]:
     """The JSON objects in ``text`` that stand in no other."""
-    at, decoder = 0, json.JSONDecoder()
+    at, decoder = 0, json.JSONDecoder(object_pairs_hook=once)
     while (at := text.find("{", at)) >= 0:
         try:
             value, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
+        except Twice:  # it says two things: what stands in it says neither
+            value, at = {}, json.JSONDecoder().raw_decode(text, at)[1]
+        except (ValueError, RecursionError) as error:
+            if getattr(error, "pos", 0) >= len(
+                text.rstrip()
+            ):  # cut off: what stands in it is part of what is not there
+                return
             at += 1
         else:
             yield value
+
+
+class Twice(ValueError):
+    """A JSON object gives one name two values."""
+
+
+def once(pairs: list[tuple[str, object]]) -> dict:
+    """The object of these pairs; :class:`Twice` where a name has two values."""
+    if len(found := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise Twice(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return found
 
 
 def _is_text(value: object) -> bool:

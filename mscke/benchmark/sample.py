@@ -1,24 +1,12 @@
-"""One FGVEdit record: an edit and the five queries that test it; loading and checking the JSON.
-
-The authors' FGVEdit and our FGVEdit-Scenes share one schema (ours adds ``meta``), so
-:func:`load_records` reads both::
-
-    records = load_records("test_data.json", image_root="coco").records
-    records[0].queries["in_scope"], records[0].answers["in_scope"]
-"""
+"""One FGVEdit record: an edit and the five queries that test it."""
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import reprlib
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from mscke.benchmark.pictures import PictureError, check_image, inside
+from mscke.benchmark.answers import is_text
 
 FIELDS = ("src", "alt", "rephrase", "image", "fg_gen_q", "fg_gen_a", "fg_loc_q", "fg_loc_a", "loc", "loc_ans")
 ANSWERS = ("alt", "fg_gen_a", "fg_loc_a", "loc_ans")
@@ -33,7 +21,7 @@ class RecordError(ValueError):
 class Query:
     """A question about an image (absolute path), or text alone (``image=None``).
 
-    A path may be pathlib's; it is kept as text. TypeError for anything else.
+    A path may be pathlib's; it is kept as text. TypeError for anything else, ValueError for text that is none.
     """
 
     question: str
@@ -47,7 +35,7 @@ class Query:
 class Edit:
     """(i_e, t_e, y_e): the image (absolute path), the edit prompt and the target answer.
 
-    A path may be pathlib's; it is kept as text. TypeError for anything else.
+    A path may be pathlib's; it is kept as text. TypeError for anything else, ValueError for text that is none.
     """
 
     image: str
@@ -59,16 +47,24 @@ class Edit:
 
 
 def _check(part: Query | Edit, *texts: str) -> None:
-    """Raise TypeError unless these fields are text and the image is a path or, in a query, None."""
+    """Raise TypeError unless these fields are text and the image is a path or, in a query, None; ValueError for half a
+    character (a lone surrogate), which can be neither read nor stored, and for a path with a NUL."""
     for name in texts:
         if not isinstance(found := getattr(part, name), str):
             raise TypeError(f"{type(part).__name__}: {name} is {reprlib.repr(found)}; give text")
-    image = part.image
-    if isinstance(image, str) or (image is None and isinstance(part, Query)):
+        if not found.isascii() and not is_text(found):
+            raise ValueError(
+                f"{type(part).__name__}: {name} is {found!a}, with half a character; write it anew"
+            )
+    if (image := part.image) is None and isinstance(part, Query):
         return
-    path = os.fspath(image) if isinstance(image, os.PathLike) else None
+    path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
     if not isinstance(path, str):
         raise TypeError(f"{type(part).__name__}: image is {reprlib.repr(image)}; give the path of a file")
+    if "\0" in path or not is_text(path):
+        raise ValueError(
+            f"{type(part).__name__}: image is {path!a}, no file's name in UTF-8; rename the file"
+        )
     object.__setattr__(part, "image", path)
 
 
@@ -112,154 +108,3 @@ class EditRecord:
     def told(self, what: str, role: str) -> str:
         """The ``reference``, ``attribute`` or ``hardness`` of a role's question: "unknown" if not told."""
         return self.meta.get(what, {}).get(role, "unknown")
-
-
-@dataclass(frozen=True)
-class LoadedRecords:
-    """The usable records in file order; ``skipped`` counts those of the file with an empty ``alt``.
-
-    ``stripped`` counts the fields of all usable ones whose blanks were put in order (:func:`load_records`).
-    """
-
-    records: list[EditRecord]
-    skipped: int
-    stripped: int = 0
-
-
-def load_records(
-    path: str | Path, image_root: str | Path, limit: int | None = None, check_images: bool = True
-) -> LoadedRecords:
-    """Read an FGVEdit JSON file, checking all of it before anything is returned.
-
-    ``image`` fields are relative to ``image_root`` and may not leave it. ``limit`` keeps the first
-    so many usable records; the fields of every record are checked all the same, but only images of
-    records that are kept are opened (each once), and none with ``check_images=False``.
-
-    Blanks and line breaks around questions and answers are taken off. Within an answer, which is one line, any run
-    of them becomes one blank; within a question they stay.
-
-    Raises :class:`RecordError` for whatever is wrong inside the file or with an image, and
-    :class:`OSError` when the file itself cannot be opened.
-    """
-    if limit is not None and limit < 0:
-        raise ValueError(f"limit is {limit}; give 0 or more, or None for every record")
-    rows, root = _read_rows(path), os.path.realpath(image_root)
-    if check_images and not os.path.isdir(root):
-        raise RecordError(f"image root {root} is not a folder; give the one that image paths start from")
-
-    records, skipped, stripped, complaints = [], 0, 0, {}
-    for number, row in enumerate(rows):
-        alt = row.get("alt") if isinstance(row, dict) else None
-        if isinstance(alt, str) and not alt.strip():
-            skipped += 1
-            continue
-        try:
-            records.append(_record(number, row, root))
-            stripped += sum(row[name] != text for name, text in _texts(row).items())
-        except RecordError as complaint:
-            complaints[number] = complaint
-    records = records[:limit]
-    if check_images:
-        bad = {}
-        for image in {record.edit.image for record in records}:
-            try:
-                check_image(image)
-            except PictureError as complaint:
-                bad[image] = complaint
-        complaints |= {r.id: f'field "image": {bad[r.edit.image]}' for r in records if r.edit.image in bad}
-
-    if complaints:
-        lines = [f"  record {number}, {complaints[number]}" for number in sorted(complaints)]
-        more = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-        head = f"{path}: {len(lines)} of {len(rows)} records cannot be used (counted from 0):"
-        raise RecordError("\n".join([head, *lines[:SHOWN], *more]))
-    return LoadedRecords(records, skipped, stripped)
-
-
-def split_validation(
-    records: Sequence[EditRecord], fraction: float = 0.1, seed: int = 0
-) -> tuple[list[EditRecord], list[EditRecord]]:
-    """(train, validation), each in the order given; records that share an image stay together.
-
-    Images drawn at random go to validation until it holds ``fraction`` of the records; each side
-    keeps at least one. The draw depends on the set of images and ``seed``, not on the order of the
-    records. Raises :class:`ValueError` when there is no such split.
-    """
-    sizes = Counter(record.edit.image for record in records)
-    if not 0 < fraction < 1 or len(sizes) < 2:
-        raise ValueError(f"no split of {len(sizes)} image(s) at {fraction}; give 2 or more, 0 < fraction < 1")
-    rng, held, count = random.Random(seed), set(), 0
-    # random() is the one draw that Python promises to keep the same across versions
-    for image in sorted(sorted(sizes), key=lambda _: rng.random())[:-1]:
-        if held and count + sizes[image] / 2 > fraction * len(records):
-            break
-        held.add(image)
-        count += sizes[image]
-    train = [record for record in records if record.edit.image not in held]
-    return train, [record for record in records if record.edit.image in held]
-
-
-def _read_rows(path: str | Path) -> list:
-    with open(path, "rb") as file:
-        raw = file.read()
-    try:
-        text = raw.decode("utf-8-sig")
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        body, near = text.strip(), max(0, text.count('"src"', 0, error.pos) - 1)
-        cut = body[:1] in ("", "[") and body[-1:] != "]"
-        fix = "the file is cut short: fetch or generate it again" if cut else "mend it there"
-        where = f"line {error.lineno}, column {error.colno}, about record {near}"
-        raise RecordError(f"{path} is not JSON: {error.msg} at {where}; {fix}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, endless nesting
-        raise RecordError(f"{path} is not JSON: {error}; fetch or generate it again") from None
-    if not isinstance(rows, list):
-        raise RecordError(f"{path}: top level is {reprlib.repr(rows)}; make it a list of records")
-    return rows
-
-
-def _record(number: int, row: object, root: str) -> EditRecord:
-    """One object of the JSON, checked but for its image file; :class:`RecordError` names field and fix."""
-    if not isinstance(row, dict):
-        raise RecordError(
-            f"all fields: found {reprlib.repr(row)}; make it an object with {', '.join(FIELDS)}"
-        )
-    if missing := [f'"{name}"' for name in FIELDS if name not in row]:
-        raise RecordError(f"field {', '.join(missing)}: missing; add it as text")
-    for name in FIELDS:
-        value, found = row[name], f'field "{name}": found {reprlib.repr(row[name])}'
-        if not isinstance(value, str):
-            raise RecordError(f"{found} where text is expected; write text in quotes")
-        if not value.strip():
-            raise RecordError(f'{found}, which is empty; fill it in, or empty "alt" to skip the record')
-        if value.encode(errors="ignore").decode() != value:
-            raise RecordError(f"{found}, with half a character (lone surrogate); write it anew in UTF-8")
-    meta = row.get("meta", {})
-    if not isinstance(meta, dict):
-        raise RecordError(f'field "meta": found {reprlib.repr(meta)}; make it an object or leave it out')
-    image, text = _image(root, row["image"]), _texts(row)
-    return EditRecord(
-        id=number,
-        edit=Edit(image, text["src"], text["alt"]),
-        rephrase=Query(text["rephrase"], image),
-        in_scope=Query(text["fg_gen_q"], image),
-        in_scope_answer=text["fg_gen_a"],
-        out_of_scope=Query(text["fg_loc_q"], image),
-        out_of_scope_answer=text["fg_loc_a"],
-        locality=Query(text["loc"]),
-        locality_answer=text["loc_ans"],
-        meta=meta,
-    )
-
-
-def _texts(row: dict) -> dict[str, str]:
-    """A record's questions and answers, their blanks in order."""
-    texts = {name: row[name].strip() for name in FIELDS if name != "image"}
-    return texts | {name: " ".join(row[name].split()) for name in ANSWERS}
-
-
-def _image(root: str, name: str) -> str:
-    try:
-        return inside(root, name)
-    except PictureError as complaint:
-        raise RecordError(f'field "image": {complaint}') from None

@@ -109,6 +109,9 @@ def propose(
             by_image[question.image].append(question)
             answers[question.kind].append(question.answer)
     pairs, order = [], sorted(by_image)
+    for name, value in {"n_images": n_images, "edits_per_image": edits_per_image}.items():
+        if value is not None and value < 0:
+            raise ValueError(f"{name} is {value}; give 0 or more")
     for i in np.random.default_rng(seed).permutation(len(order))[:n_images]:
         group = by_image[order[i]]
         rng = np.random.default_rng(

@@ -131,7 +131,7 @@ class PromptEncoder:
         rows = [p + a[:-1] if a else p for p, a in zip(prompts, answers, strict=True)]
         width = max(map(len, rows))
         if width > self.positions:
-            answer = self.tokenizer.decode(max(answers, key=len))
+            answer = self.tokenizer.decode(answers[max(range(len(rows)), key=lambda i: len(rows[i]))])
             raise TooLong(
                 f"a prompt and its answer have {width:,} tokens, and the model has room for {self.positions:,}: "
                 f"shorten the answer {reprlib.repr(answer)}, or its prompt"

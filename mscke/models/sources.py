@@ -46,9 +46,18 @@ def find(track: Track, source: str) -> str:
 
 
 def device_of(track: Track) -> torch.device:
-    """Where the track's models compute."""
-    gpu = track.device == "auto" and torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    """Where the track's models compute.
+
+    Raises RuntimeError if the track wants a GPU and PyTorch sees none.
+    """
+    if track.device != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if track.device == "cuda":
+        raise RuntimeError(
+            f"The track {track.name!r} wants a GPU, and PyTorch sees none: make paper-check says why. "
+            "MSCKE_CPU=1 sets out on a CPU all the same, which may take months"
+        )
+    return torch.device("cpu")
 
 
 def load_mllm(track: Track, backbone: str, cache: Path | None = None) -> MLLM:

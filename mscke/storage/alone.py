@@ -23,10 +23,10 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path):
-        self._process = os.getpid()
+        self._process, self._path = os.getpid(), folder / LOCK
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(folder / LOCK, "a", encoding="utf-8")  # noqa: SIM115 (stays open)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (stays open)
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
@@ -42,8 +42,14 @@ class FolderLock:
 
     @property
     def held(self) -> bool:
-        """Whether this process has it: a fork has the file, too, but neither holds the lock nor lets go of it."""
-        return not self._file.closed and os.getpid() == self._process
+        """Whether this process has the lock of what is at the path now: a fork has the file, too, but neither holds the
+        lock nor lets go of it; and a folder that was moved or removed is no longer the one that was locked."""
+        if self._file.closed or os.getpid() != self._process:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+        except OSError:
+            return False
 
     def release(self) -> None:
         """Let another have it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
+import stat
 import tempfile
 import threading
 import time
@@ -27,6 +29,8 @@ class Picture(NamedTuple):
 def take(image: str) -> Picture:
     """What is stored of the picture at this path. Raises FileNotFoundError if it cannot be read."""
     try:
+        if not is_file(image):
+            raise OSError("no file")
         with open(image, "rb") as file:
             changed = os.fstat(
                 file.fileno()
@@ -36,6 +40,14 @@ def take(image: str) -> Picture:
         raise FileNotFoundError(f"an edit's image {image} cannot be read; nothing was stored") from error
     settled = changed < time.time_ns() - SETTLED  # else it could be changed once more without another time
     return Picture(picture, hashlib.sha256(picture).digest(), len(picture), changed if settled else None)
+
+
+def is_file(image: str) -> bool:
+    """Whether there is a file at the path: no folder, and nothing that would make who opens it wait."""
+    try:
+        return stat.S_ISREG(os.stat(image).st_mode)
+    except OSError:
+        return False
 
 
 def shows(image: str, digest: bytes, size: int | None, mtime: int | None) -> bool | None:
@@ -53,15 +65,24 @@ def shows(image: str, digest: bytes, size: int | None, mtime: int | None) -> boo
         return None
 
 
-def write_out(folder: Path, picture: bytes, suffix: str) -> Path:
-    """The picture as a file in ``folder``, named by what it shows, so that several may write it at the same time."""
+def write_out(folder: Path, picture: bytes, image: str) -> Path:
+    """The picture as a file in ``folder``, named by what it shows, so that several may write it at the same time; it
+    ends as ``image`` does, where that is a file name's usual end."""
     folder.mkdir(exist_ok=True)
-    path = folder / (hashlib.sha256(picture).hexdigest()[:16] + suffix)
+    suffix = Path(image).suffix
+    usual = re.fullmatch(r"\.[A-Za-z0-9]{1,8}", suffix)
+    path = folder / (hashlib.sha256(picture).hexdigest()[:16] + (suffix if usual else ""))
     if path.is_file() and path.read_bytes() == picture:
         return path
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    temporary.write_bytes(picture)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(picture)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"a stored picture cannot be written to {path} ({error.strerror})"
+        ) from error
     return path
 
 

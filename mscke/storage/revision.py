@@ -3,12 +3,14 @@
 Two edits state the same fact when they are about the same picture and their prompts ask the same:
 
 * the same picture is a file of the same bytes, wherever it lies;
-* the same prompt is one of the same words: case, blanks, the closing stop and Unicode's ways to write a letter apart;
-* or, to a classifier that sees, one whose edit lies within :data:`SAME` of the way to the edge of the earlier's scope.
+* the same prompt is one of the same words, whatever their case and blanks, the stop at their end, characters that nobody
+  sees, and which of Unicode's ways to write a letter was taken (NFKC);
+* or, to a classifier that sees, one whose edit is no further from the earlier's, in squared distance, than the share
+  :data:`SAME` of that at which ρ is 0.5.
 
-Limits. A picture that was saved anew is another picture. A thing that is called by another of its names ("on the red
-card", "at the top left") is another fact, and so is what follows from one ("is it an animal?"): both edits stay, and
-the nearer answers. Two questions that a classifier cannot tell apart are one fact to it. Notebook 07 measures all of these.
+Limits. A picture that was saved anew is another picture. Where a thing is called by another of its names ("on the red
+card", "at the top left"), or something else is asked that follows ("is it an animal?"), the words do not show that it is
+the same fact. A classifier may take it for one; else both edits stay, and the nearer answers. Two questions that a classifier cannot tell apart are one fact to it. Notebook 07 measures all of these.
 """
 
 from __future__ import annotations
@@ -16,28 +18,32 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import unicodedata
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from mscke.benchmark.answers import fold
 from mscke.benchmark.sample import Edit
+from mscke.storage.pictures import is_file
 
+STOPS = ".?! \u061f\u06d4\u3002\uff01\uff1f"  # and those of other scripts
 SAME = 1 / 8  # of the squared distance at which ρ is 0.5; chosen on training records
 
 
 def wording(prompt: str) -> str:
     """The prompt without what does not change its meaning."""
-    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split()).rstrip(".?! ")
+    return " ".join(fold(prompt).split()).rstrip(STOPS)
 
 
 def picture_key(image: str) -> str:
     """SHA-256 of a picture's file, in hex; its path where there is no such file."""
     try:
-        found = os.stat(image)
-    except OSError:
-        return image
-    return _digest(image, found.st_size, found.st_mtime_ns)
+        if is_file(image):
+            found = os.stat(image)
+            return _digest(image, found.st_size, found.st_mtime_ns)
+    except OSError:  # it may not be read
+        pass
+    return image
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -56,6 +62,7 @@ class Facts:
         self._before: list[
             tuple[int, int]
         ] = []  # by id: the one before it of the same words, and on the same picture
+        self._keys: list[tuple] = []
         for edit in edits:
             self._enter(edit)
 
@@ -67,8 +74,22 @@ class Facts:
         """Give the edit the next id."""
         picture = picture_key(edit.image)
         keys = (picture, wording(edit.prompt)), (picture,)
+        self._keys.append(keys)
         self._before.append(tuple(self._last.get(key, -1) for key in keys))
         self._last |= dict.fromkeys(keys, self.n - 1)
+
+    def of(self, edits: Sequence[Edit]) -> Facts:
+        """Of these edits, of which some may be new here, as they were read from the disk; what came after them, and
+        failed, is forgotten."""
+        if self.n < len(edits):
+            return Facts(edits)
+        while self.n > len(edits):
+            for key, before in zip(self._keys.pop(), self._before.pop(), strict=True):
+                if before >= 0:
+                    self._last[key] = before
+                else:
+                    self._last.pop(key, None)
+        return self
 
     def _earlier(self, i: int, by: int) -> Iterator[int]:
         """The ids before i, the last one first: of the same words (0) or on the same picture (1)."""

@@ -10,6 +10,7 @@ from os import PathLike
 
 from mscke.memory import EditMemory
 from mscke.storage.changes import whole
+from mscke.storage.search import checked
 from mscke.storage.store import EditStore
 
 
@@ -17,8 +18,8 @@ def recover(path: str | PathLike, to: str | PathLike) -> EditMemory:
     """The edits of the memory at ``path`` in a new one at ``to``, as one change; ids count from 0 again.
 
     They are those that stood after the last change before the damage, and every one that was added since. What
-    was removed or undone since is among them: a warning says how many changes were not repeated. Nothing is
-    changed at ``path``. Raises FileExistsError if something was written at ``to`` before, and what
+    was removed or undone since is among them, and none takes another's place, though they state one fact: a warning says
+    how many changes were not repeated. Nothing is changed at ``path``. Raises FileExistsError if something was written at ``to`` before, and what
     :meth:`EditMemory.open` raises but for this damage.
     """
     store = EditStore(path, None, None, read_only=True)
@@ -32,9 +33,11 @@ def recover(path: str | PathLike, to: str | PathLike) -> EditMemory:
     if memory.log():
         memory.close()
         raise FileExistsError(f"there is a memory at {to} already; give a path where there is none")
-    memory.add([edits[i] for i in ids], embeddings[ids])
+    some = [edits[i] for i in ids]
+    memory._commit("add", range(len(ids)), (), some, checked(embeddings[ids], len(ids), store.dim))
     if lost := sum(c.change != "add" for c in changes[len(sound) :]):
         warnings.warn(
-            f"{path}: {lost} removals or undos after its damage were not repeated at {to}", stacklevel=2
+            f"{path}: {lost} removals or undos after its damage were not repeated at {to}; look through what is there",
+            stacklevel=2,
         )
     return memory

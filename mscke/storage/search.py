@@ -93,6 +93,11 @@ class Index:
 
     def nearest(self, queries: Tensor, k: int, exact: bool) -> tuple[Tensor, Tensor]:
         """(squared distances, places), both (B, min(k, how many are here)), of those nearest to queries (B, dim)."""
+        if k < 1 or queries.ndim != 2 or queries.shape[1] != self.matrix.shape[1]:
+            raise ValueError(
+                f"the {k} nearest to queries of shape {tuple(queries.shape)}: give k of 1 or more, and queries "
+                f"(B, {self.matrix.shape[1]}) of this memory's classifier"
+            )
         if not queries.isfinite().all():
             raise ValueError(
                 "a query's embedding is not finite: has its classifier been trained, and read whole?"

@@ -106,7 +106,7 @@ class EditStore:
         """
         if not self._lock or not self._lock.held:
             raise PermissionError(
-                f"{self.path} was opened for reading or by another process, or is closed; "
+                f"{self.path} was opened for reading or by another process, is closed, or was moved or removed since; "
                 "open it without read_only to change it"
             )
         if lacking := self._lacking():
@@ -170,7 +170,7 @@ class EditStore:
                 pictures = self._stored(some.values())
                 some = {(image, digest): pictures[digest] for image, digest in some}
             for (image, digest), picture in some.items():
-                path = write_out(self._pictures or scratch(), picture, Path(image).suffix)
+                path = write_out(self._pictures or scratch(), picture, image)
                 found[image, digest] = str(path)
         if overwritten:
             named = ", ".join(f"{image} (edit {i})" for image, i in list(overwritten.items())[:5])
