@@ -64,9 +64,10 @@ def shared_parts(log: Log, track: Track, data: Benchmark) -> tuple[ScopeClassifi
         return scope_loss(classifier, edits.select(rows), queries, FINE_GRAINED, 1.0)[0]
 
     log.part("", "words of the records", lambda: encode_records(classifier, data.train) and "", "record", len(data.train))  # fmt: skip
+    steps, warm = (n[device_of(track).type] for n in (STEPS, WARM))
     training = Steps(classifier, loss)
     log.part(
-        "", SCOPE, lambda: training(STEPS), f"step of {len(rows)} records", STEPS, lambda: training(WARM)
+        "", SCOPE, lambda: training(steps), f"step of {len(rows)} records", steps, lambda: training(warm)
     )
     classifier = classifier.eval()
     sentences = ScopeClassifier("MiniLM", fusion="text", encoder=MiniLMEncoder()).to(device_of(track)).eval()
