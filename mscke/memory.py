@@ -40,7 +40,7 @@ class EditMemory:
     def __init__(self, dim: int, fingerprint: str = ""):
         self.dim, self.fingerprint, self.within = dim, fingerprint, 0.0
         self._store: EditStore | None = None
-        self._recall([], torch.empty(0, dim), [])
+        self._recall([], [], torch.empty(0, dim), [])
 
     @classmethod
     def of(cls, classifier, path: str | Path | None = None) -> EditMemory:
@@ -106,7 +106,6 @@ class EditMemory:
         """
         z = checked(embeddings, len(edits), self.dim)
         ids = range(n := len(self._edits), n + len(edits))
-        self._facts = self._facts.of(self._edits)
         replaced = self._facts.revise(edits, z, self._index.matrix, self._index.here, self.within)
         self._commit("add", ids, replaced, edits, z)
         return list(ids)
@@ -133,7 +132,7 @@ class EditMemory:
         log, past = self._changes.log[:version], EditMemory(self.dim, self.fingerprint)
         past.within = self.within
         n = sum(len(c.ids) for c in log if c.change == "add")
-        past._recall(self._edits[:n], self._index.matrix[:n], log)
+        past._recall(self._edits[:n], self._facts.pictures[:n], self._index.matrix[:n], log)
         return past
 
     def distances(self, embeddings: Tensor, among: Tensor) -> Tensor:
@@ -190,9 +189,9 @@ class EditMemory:
             raise
 
     @torch.inference_mode(False)
-    def _recall(self, edits: Sequence[Edit], embeddings: Tensor, log: Sequence[Change]) -> None:
-        """Become what ``log`` makes of the edits (N) ever added and their embeddings (N, dim)."""
-        self._edits, self._changes, self._facts = list(edits), Changes(), Facts()
+    def _recall(self, edits: Sequence[Edit], pictures: Sequence[str], embeddings: Tensor, log) -> None:
+        """Become what ``log`` makes of the edits (N) ever added, what they showed, and their embeddings (N, dim)."""
+        self._edits, self._changes, self._facts = list(edits), Changes(), Facts(edits, pictures)
         self._index = Index(embeddings)
         for entry in log:
             self._changes.enter(entry, self._index.here)

@@ -19,6 +19,7 @@ from mscke.memory import EditMemory
 from mscke.models.clip import ClipEncoder
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.storage.revision import SAME, Facts, wording
+from mscke.storage.salvage import recover
 
 pytest_plugins = ["tiny"]
 DIM = 4
@@ -234,12 +235,42 @@ def test_a_change_that_failed_leaves_no_trace(tmp_path, pictures):
     assert found == [(), ()]  # another picture
 
 
-def test_facts_forget_what_they_are_told_to(pictures):
+@pytest.mark.parametrize("reopened", [False, True])
+@pytest.mark.parametrize("how", ["as it is", "looked back", "after a failed change", "recovered"])
+def test_an_edit_is_about_the_picture_it_was_stored_with(tmp_path, pictures, reopened, how):
+    """Though its file is overwritten later, while the memory is open."""
+    one, two, _ = pictures
+    picture, where = tmp_path / "c.png", tmp_path / "memory"
+    shutil.copy(one, picture)
+    memory = EditMemory.open(where, "abc", DIM)
+    memory.add([Edit(str(picture), "What is it?", "a cat")], embedded(1))
+    if reopened or how == "recovered":
+        memory.close()
+        memory = recover(where, tmp_path / "new") if how == "recovered" else EditMemory.open(where)
+    shutil.copy(two, picture)
+    if how == "after a failed change":
+        with pytest.raises(FileNotFoundError):
+            memory.add([Edit(str(tmp_path / "none.png"), "What is it?", "a cow")], embedded(1))
+    changed = memory.at(1) if how == "looked back" else memory
+    changed.add([Edit(str(picture), "What is it?", "a dog")], embedded(1, seed=3))
+    assert changed.log()[-1].replaced == ()  # another picture
+    changed.add([Edit(str(one), "What is it?", "a cow")], embedded(1, seed=4))
+    assert changed.log()[-1].replaced == (0,)  # the picture of the first
+    changed.add([Edit(str(two), "What is it?", "an owl")], embedded(1, seed=5))
+    assert changed.log()[-1].replaced == (1,)
+    memory.close()
+
+
+def test_what_was_not_committed_is_forgotten(pictures):
     one, two, _ = pictures
     edits = [Edit(i, p, "y") for i in (one, two, one) for p in ("What is it?", "Where?", "what is it")]
+    z, here = embedded(len(edits)), torch.ones(len(edits), dtype=torch.bool)
     for n in range(len(edits)):
-        short, long = Facts(edits[:n]), Facts(edits)
-        assert vars(long.of(edits[:n])) == vars(short) and vars(short.of(edits)) == vars(Facts(edits))
+        short, long = Facts(), Facts()
+        for facts, tried in (short, edits[:n]), (long, edits):
+            facts.revise(tried, z[: len(tried)], z[:0], here[:0], 0.0)
+        found = [facts.revise(edits[n:], z[n:], z[:n], here[:n], 0.0) for facts in (short, long)]
+        assert found[0] == found[1] and vars(short) == vars(long)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ def shows(image: str, digest: bytes, size: int | None, mtime: int | None) -> boo
         found = os.stat(image)
         if (found.st_size, found.st_mtime_ns) == (size, mtime):
             return True
+        if not is_file(image):
+            return None
         with open(image, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest() == digest
     except OSError:

@@ -53,43 +53,37 @@ def _digest(image: str, size: int, time: int) -> str:
 
 
 class Facts:
-    """What the first ``n`` edits of a memory are about: finds those that a new one revises."""
+    """What the edits of a memory are about, by id: finds those that a new one revises.
 
-    def __init__(self, edits: Sequence[Edit] = ()):
-        self._last: dict[
-            tuple[str, ...], int
-        ] = {}  # the last edit in these words on this picture, and on it at all
-        self._before: list[
-            tuple[int, int]
-        ] = []  # by id: the one before it of the same words, and on the same picture
-        self._keys: list[tuple] = []
-        for edit in edits:
-            self._enter(edit)
+    ``pictures``: the :func:`picture_key` of each edit's image when it was added, whatever became of the file since.
+    """
 
-    @property
-    def n(self) -> int:
-        return len(self._before)
+    def __init__(self, edits: Sequence[Edit] = (), pictures: Sequence[str] = ()):
+        self._edits, self.pictures = list(edits), list(pictures)
+        # the last edit in these words on this picture, and on it at all
+        self._last: dict[tuple[str, ...], int] = {}
+        # by id: the one before it of the same words, and on the same picture
+        self._before: list[tuple[int, int]] = []
 
-    def _enter(self, edit: Edit) -> None:
-        """Give the edit the next id."""
-        picture = picture_key(edit.image)
-        keys = (picture, wording(edit.prompt)), (picture,)
-        self._keys.append(keys)
-        self._before.append(tuple(self._last.get(key, -1) for key in keys))
-        self._last |= dict.fromkeys(keys, self.n - 1)
+    def _enter(self) -> None:
+        """Enter the edits that were not yet: a memory that is only read needs none."""
+        for i in range(len(self._before), len(self._edits)):
+            keys = self._keys(i)
+            self._before.append(tuple(self._last.get(key, -1) for key in keys))
+            self._last |= dict.fromkeys(keys, i)
 
-    def of(self, edits: Sequence[Edit]) -> Facts:
-        """Of these edits, of which some may be new here, as they were read from the disk; what came after them, and
-        failed, is forgotten."""
-        if self.n < len(edits):
-            return Facts(edits)
-        while self.n > len(edits):
-            for key, before in zip(self._keys.pop(), self._before.pop(), strict=True):
-                if before >= 0:
-                    self._last[key] = before
-                else:
-                    self._last.pop(key, None)
-        return self
+    def _keys(self, i: int) -> tuple[tuple[str, ...], ...]:
+        return (self.pictures[i], wording(self._edits[i].prompt)), (self.pictures[i],)
+
+    def _forget(self, n: int) -> None:
+        """Keep the first n: what came after them was not committed."""
+        while len(self._before) > n:
+            i = len(self._before) - 1
+            for key, before in zip(self._keys(i), self._before.pop(), strict=True):
+                self._last[key] = before
+                if before < 0:
+                    del self._last[key]
+        del self._edits[n:], self.pictures[n:]
 
     def _earlier(self, i: int, by: int) -> Iterator[int]:
         """The ids before i, the last one first: of the same words (0) or on the same picture (1)."""
@@ -105,12 +99,14 @@ class Facts:
         are ``here`` (n,) bool. ``within``: squared distance of two edits on one picture up to which they state the
         same fact, 0 for none. One of the new edits may revise another.
         """
-        n, gone = self.n, set()
+        self._forget(n := len(matrix))
+        self._edits += edits
+        self.pictures += [picture_key(edit.image) for edit in edits]
+        self._enter()
+        gone = set()
         stands = lambda i: i not in gone and (i >= n or bool(here[i]))  # noqa: E731
         vector = lambda i: z[i - n] if i >= n else matrix[i]  # noqa: E731
-        for edit in edits:
-            self._enter(edit)
-            new = self.n - 1
+        for new in range(n, n + len(edits)):
             # of the same words no more than one stands: the last
             same = next(([i] for i in self._earlier(new, by=0) if stands(i)), [])
             if within:

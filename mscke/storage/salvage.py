@@ -23,11 +23,11 @@ def recover(path: str | PathLike, to: str | PathLike) -> EditMemory:
     :meth:`EditMemory.open` raises but for this damage.
     """
     store = EditStore(path, None, None, read_only=True)
-    edits, embeddings, changes = store.read(damaged=True)
+    edits, pictures, embeddings, changes = store.read(damaged=True)
     sound = changes[: whole(changes)]
     n = sum(len(c.ids) for c in sound if c.change == "add")
     before = EditMemory(store.dim)
-    before._recall(edits[:n], embeddings[:n], sound)
+    before._recall(edits[:n], pictures[:n], embeddings[:n], sound)
     ids = [*before.ids.tolist(), *range(n, len(edits))]
     memory = EditMemory.open(to, store.fingerprint, store.dim)
     if memory.log():
@@ -35,6 +35,7 @@ def recover(path: str | PathLike, to: str | PathLike) -> EditMemory:
         raise FileExistsError(f"there is a memory at {to} already; give a path where there is none")
     some = [edits[i] for i in ids]
     memory._commit("add", range(len(ids)), (), some, checked(embeddings[ids], len(ids), store.dim))
+    memory._recall(*memory._store.read())  # with what they show
     if lost := sum(c.change != "add" for c in changes[len(sound) :]):
         warnings.warn(
             f"{path}: {lost} removals or undos after its damage were not repeated at {to}; look through what is there",

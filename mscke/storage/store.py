@@ -126,8 +126,9 @@ class EditStore:
         except Exception as error:  # the change is committed, whatever becomes of this
             warnings.warn(f"{self.path}: its small files could not be put together ({error})", stacklevel=3)
 
-    def read(self, damaged: bool = False) -> tuple[list[Edit], Tensor, list[Change]]:
-        """All that was ever added, by id, its embeddings (N, dim) float32, and the changes in order.
+    def read(self, damaged: bool = False) -> tuple[list[Edit], list[str], Tensor, list[Change]]:
+        """All that was ever added, by id: the edits, the SHA-256 (hex) of the picture each was stored with, their
+        embeddings (N, dim) float32; and the changes in order.
 
         Raises ValueError if the table cannot be read, or if ids or versions do not count up from their first and
         it may not be ``damaged``: what was added is then in the order of the changes.
@@ -147,7 +148,8 @@ class EditStore:
             )
         edits = list(map(Edit, *(added[name].to_pylist() for name in ("image", "prompt", "answer"))))
         flat = added["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return self._as_stored(edits, added), torch.tensor(flat).view(-1, self.dim), changes
+        pictures = [digest.hex() for digest in added["digest"].to_pylist()]
+        return self._as_stored(edits, added), pictures, torch.tensor(flat).view(-1, self.dim), changes
 
     def edits(self, ids: Iterable[int]) -> list[Edit]:
         """These edits, with their pictures looked at anew."""
