@@ -206,3 +206,9 @@ def test_the_loader_says_which_record_and_field(tmp_path):
         RecordError, match=r'record 0, field "image": no file .*backslashes, and .*sub/x\.jpg is there'
     ):
         load_records(tmp_path / "rows.json", tmp_path)
+
+
+def test_an_empty_path_is_no_picture():
+    for use in (check_image, open_image):
+        with pytest.raises(PictureError, match="is empty; give its file"):
+            use("")

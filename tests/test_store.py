@@ -858,6 +858,19 @@ def test_a_memory_opened_again_is_searched_by_the_same_codes(path, image, monkey
 # ------------------------------------------------------------------------------- a folder that is gone
 
 
+def test_a_closed_memory_lets_others_in_though_its_folder_was_moved(path, image, written):
+    memory = EditMemory.open(path)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()  # it has the lock's file open
+    try:
+        moved = path.rename(path.with_name("moved"))
+        memory.close()
+        EditMemory.open(moved, dim=DIM).close()
+    finally:
+        child.kill()
+        child.join()
+
+
 @pytest.mark.parametrize("gone", ["removed", "moved", "another is there", "its lock removed"])
 def test_who_has_lost_the_folder_writes_no_more(gone, path, image, tmp_path):
     """A change that is acknowledged is in what is at the path now."""

@@ -64,6 +64,8 @@ def check_image(path: str | Path) -> None:
 
 def _opened(path: str | Path, use):
     """What ``use`` makes of the file's picture; whatever goes wrong has the file's name."""
+    if not str(path):
+        raise PictureError("a picture's path is empty; give its file")
     if not os.path.isfile(path):
         if os.path.lexists(path):
             raise PictureError(

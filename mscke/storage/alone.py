@@ -41,10 +41,14 @@ class FolderLock:
             ) from None
 
     @property
+    def _ours(self) -> bool:
+        return not self._file.closed and os.getpid() == self._process
+
+    @property
     def held(self) -> bool:
         """Whether this process has the lock of what is at the path now: a fork has the file, too, but neither holds the
         lock nor lets go of it; and a folder that was moved or removed is no longer the one that was locked."""
-        if self._file.closed or os.getpid() != self._process:
+        if not self._ours:
             return False
         try:
             return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
@@ -53,7 +57,7 @@ class FolderLock:
 
     def release(self) -> None:
         """Let another have it."""
-        if self.held:
+        if self._ours:  # wherever its folder went
             fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
