@@ -38,10 +38,10 @@ ABOUT.06_cost         := counts parameters and FLOPs, times every part, and grow
 ABOUT.07_beyond       := goes past the paper's limits: a grounded classifier, a guarantee, a durable memory
 
 REPORT   := $(wildcard mscke/report/figures.py mscke/report/pictures.py mscke/report/tables.py)
-BENCHMARK := $(wildcard mscke/config.py mscke/benchmark/*.py)
-TRAINING := $(BENCHMARK) $(wildcard mscke/models/*.py mscke/classifier.py mscke/storage/*.py mscke/memory.py mscke/router.py mscke/checkpoint.py mscke/fit.py mscke/training.py) \
-            $(wildcard mscke/editors/*.py mscke/assets/*.safetensors mscke/assets/*/*.safetensors)
-RESULTS  := $(TRAINING) $(wildcard mscke/evaluation/*.py mscke/report/*.py)
+BENCHMARK := $(wildcard mscke/config.py mscke/benchmark/*.py mscke/fetching/*.py mscke/system/*.py)
+TRAINING := $(BENCHMARK) $(wildcard mscke/classifier.py mscke/memory.py mscke/router.py mscke/models/*.py mscke/storage/*.py) \
+            $(wildcard mscke/training/*.py mscke/editors/*.py mscke/assets/*.safetensors mscke/assets/*/*.safetensors)
+RESULTS  := $(TRAINING) $(wildcard mscke/evaluation/*.py mscke/cost/*.py mscke/report/*.py)
 
 STAMPS    := outputs/mini/.stamps
 # The paper track, or with PRESET=tiny the same on tiny models and data in the published formats.
@@ -156,10 +156,10 @@ $(NOTEBOOKS:%=smoke-%): smoke-%: notebooks/%.ipynb | $(ENV)
 	mv outputs/smoke/notebooks/$*.tmp.ipynb outputs/smoke/notebooks/$*.ipynb
 
 bench: $(ENV) ## time ours against the released way again, and write figures/tables/bench.csv
-	MSCKE_TRACK=mini $(RUN) -m mscke.evaluation.bench
+	MSCKE_TRACK=mini $(RUN) -m mscke.cost.bench
 
 pretrain: $(ENV) ## pretrain the mini models again and write their weights to mscke/assets
-	$(RUN) -m mscke.models.pretrain
+	$(RUN) -m mscke.pretraining
 
 paper: $(PAPERS:%=$(PAPER_STAMPS)/%) ## run the notebooks on the paper's models and data, into outputs/ (DATA=, MODELS=, PRESET=tiny)
 	MSCKE_TRACK=$(PAPER) $(RUN) -m mscke.report.registry
@@ -168,7 +168,7 @@ paper: $(PAPERS:%=$(PAPER_STAMPS)/%) ## run the notebooks on the paper's models 
 # All that the track is made of; what it lacks, or what does not fit together, shows here and not after hours.
 define BRING
 $(if $(filter tiny,$(PRESET)),$(RUN) -m mscke.models.tiny $(PAPER))
-$(RUN) -m mscke.benchmark.fetch --track $(PAPER)
+$(RUN) -m mscke.fetching --track $(PAPER)
 $(RUN) -m mscke.models.prepare --track $(PAPER)
 endef
 

@@ -76,9 +76,7 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
         self.temperature = nn.Parameter(torch.tensor(3.0))  # log; of the dot-product attention
         inputs = {"text": d_t, "dot_pooled": d_t, "concat": d_t + d}.get(fusion, d_t + d + d_v)
         inputs += self.readers * encoder.word_dim * (fusion == "grounded")
-        self.head = nn.Sequential(
-            nn.LayerNorm(inputs), nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width)
-        )
+        self.head = nn.Sequential(nn.LayerNorm(inputs), nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
         if fusion == "dot_pooled":
             self.image_head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, width))
         if fusion == "cross":

@@ -27,12 +27,10 @@ class Track:
     light: str = ""  # the one that 07_beyond's grounded classifier reads, left out of 04; "": ``clip``
     validation: float = 0.1  # share of train
     seed: int = 0
-    fetched: bool = False  # data and models come through mscke.benchmark.fetch; nothing is generated
+    fetched: bool = False  # data and models come through mscke.fetching.store; nothing is generated
     tiny: bool = False  # they come from folders that mscke.models.tiny has written, not from the user's
     counterfactuals: dict[str, str] = field(default_factory=dict)  # backbone -> source; fresh layers if none
-    recipes: dict[str, dict] = field(
-        default_factory=dict
-    )  # what is trained -> arguments, if not the defaults
+    recipes: dict[str, dict] = field(default_factory=dict)  # what is trained -> arguments, if not the defaults
     image_size: int | None = None  # side of the images that an MLLM is shown, in pixels; None: its own
     device: str = "cpu"  # "cuda": a GPU or nothing; "auto": the GPU, if there is one
     half: bool = False  # base models in bfloat16 on a CPU too
@@ -117,10 +115,7 @@ class Track:
 
 
 _MINI = {
-    "backbones": {
-        "BLIP-2-mini": str(ASSETS / "blip2-mini"),
-        "MiniGPT-4-mini": str(ASSETS / "minigpt4-mini"),
-    },
+    "backbones": {"BLIP-2-mini": str(ASSETS / "blip2-mini"), "MiniGPT-4-mini": str(ASSETS / "minigpt4-mini")},
     "clips": {
         "mini-B": f"local-dir:{ASSETS / 'clip-mini-b'}",
         "mini-L": f"local-dir:{ASSETS / 'clip-mini-l'}",
@@ -216,7 +211,5 @@ def get_track(name: str | None = None) -> Track:
     """
     name = name or os.environ.get("MSCKE_TRACK") or "mini"
     if name not in TRACKS:
-        raise ValueError(
-            f"no track {name!r}; MSCKE_TRACK or the notebook's `track` must be one of {sorted(TRACKS)}"
-        )
+        raise ValueError(f"no track {name!r}; MSCKE_TRACK or the notebook's `track` must be one of {sorted(TRACKS)}")
     return TRACKS[name]

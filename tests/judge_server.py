@@ -64,17 +64,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 def completion(content, finish="stop", **message):
     """The object that a chat completion is."""
-    choice = {
-        "index": 0,
-        "finish_reason": finish,
-        "message": {"role": "assistant", "content": content} | message,
-    }
-    return {
-        "object": "chat.completion",
-        "model": "served-model",
-        "choices": [choice],
-        "usage": {"total_tokens": 7},
-    }
+    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content} | message}
+    return {"object": "chat.completion", "model": "served-model", "choices": [choice], "usage": {"total_tokens": 7}}
 
 
 @contextmanager

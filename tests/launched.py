@@ -21,8 +21,8 @@ from mscke.editors.mscke import MSCKE
 from mscke.evaluation.protocol import evaluate_shared, save_rows
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.mllm import MLLM
-from mscke.training import train_classifier, train_counterfactual
-from mscke.workers import processes
+from mscke.system.workers import processes
+from mscke.training.scope import train_classifier, train_counterfactual
 
 SETTINGS = {"epochs": 2, "batch_size": 5}  # of 9 records: batches of 5 and 4, which two cannot halve alike
 

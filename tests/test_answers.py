@@ -131,10 +131,7 @@ def test_rows_say_what_was_said_and_what_either_comparison_makes_of_it():
 
 def test_the_table_shows_the_difference():
     names = {"track": "mini", "backbone": "B", "method": "MSCKE", "protocol": "generated", "record": [0, 1]}
-    rows = [
-        pd.DataFrame(names | {"metric": m, "value": [1.0, 1.0], "strict": [1.0, 0.0]})
-        for m in ("m_in", "m_out")
-    ]
+    rows = [pd.DataFrame(names | {"metric": m, "value": [1.0, 1.0], "strict": [1.0, 0.0]}) for m in ("m_in", "m_out")]
     rows.append(rows[0].assign(protocol="teacher_forced", value=0.0, strict=0.0))
     table = beside_strict(pd.concat(rows)).set_index("metric")
     assert table.loc["specificity", ["field", "strict", "difference"]].tolist() == [100, 50, 50]

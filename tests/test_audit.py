@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from mscke.benchmark import load_records
 from mscke.benchmark.generate import record
+from mscke.benchmark.load import load_records
 from mscke.benchmark.scenes import render
 from mscke.classifier import ScopeClassifier
 from mscke.config import get_track
@@ -32,9 +32,7 @@ TRACK = get_track("mini")
 STORED = TRACK.figures / "records" / "main_results.parquet"
 SAMPLE = 24
 
-pytestmark = pytest.mark.skipif(
-    not STORED.exists(), reason="no committed results: run `make reproduce` first"
-)
+pytestmark = pytest.mark.skipif(not STORED.exists(), reason="no committed results: run `make reproduce` first")
 
 
 @pytest.fixture(scope="module")

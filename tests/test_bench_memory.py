@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mscke.evaluation import bench_memory
+from mscke.cost import bench_memory
 from mscke.memory import EditMemory
 from mscke.report.growth import plot_growth
 
@@ -16,9 +16,7 @@ pytest_plugins = ["tiny"]
 
 @pytest.fixture(scope="module")
 def table(classifier, records, tmp_path_factory):
-    return pd.DataFrame(
-        bench_memory.rows(classifier, records, tmp_path_factory.mktemp("bench"), (1, 20, 400))
-    )
+    return pd.DataFrame(bench_memory.rows(classifier, records, tmp_path_factory.mktemp("bench"), (1, 20, 400)))
 
 
 def test_rows_of_every_kind(table):
@@ -36,13 +34,9 @@ def test_bytes_are_those_on_disk(table, records):
     assert few > pictures and 4 * 16 < many < 1000
 
 
-def test_recall_is_one_where_all_are_compared_and_falls_where_it_errs(
-    classifier, records, table, monkeypatch
-):
+def test_recall_is_one_where_all_are_compared_and_falls_where_it_errs(classifier, records, table, monkeypatch):
     share = table.set_index("name")["ours"]
-    assert (
-        share["memory_recall"] == share["memory_recall_out_of_scope"] == share["memory_same_decision"] == 1.0
-    )
+    assert share["memory_recall"] == share["memory_recall_out_of_scope"] == share["memory_same_decision"] == 1.0
     memory = EditMemory(classifier.dim)
     memory.add([r.edit for r in records], torch.eye(len(records), classifier.dim))
     exact = memory.nearest

@@ -26,9 +26,7 @@ def make(clip_name, encoder):
 
     def make(fusion="dot", similarity="logistic"):
         torch.manual_seed(5)
-        return ScopeClassifier(
-            clip_name, fusion=fusion, similarity=similarity, width=16, encoder=encoder
-        ).eval()
+        return ScopeClassifier(clip_name, fusion=fusion, similarity=similarity, width=16, encoder=encoder).eval()
 
     return make
 
@@ -104,9 +102,7 @@ def test_similarity_is_the_published_formula(make, records, queries, fusion, sim
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    d2=st.floats(0, 1e4), kind=st.sampled_from(SIMILARITIES), log_s=st.floats(-3, 5), margin=st.floats(-2, 4)
-)
+@given(d2=st.floats(0, 1e4), kind=st.sampled_from(SIMILARITIES), log_s=st.floats(-3, 5), margin=st.floats(-2, 4))
 def test_rho_lies_strictly_between_0_and_1(clip_name, encoder, d2, kind, log_s, margin):
     classifier = ScopeClassifier(clip_name, similarity=kind, width=4, encoder=encoder)
     classifier.scale.data.fill_(log_s)
@@ -229,8 +225,7 @@ def test_released_form_cannot_see_when_edit_and_query_share_an_image(make, recor
             asked = [q for q in record.queries.values() if q.image]
             rho = [
                 classifier.similarity(
-                    classifier.embed(on_image(asked, image)),
-                    classifier.embed(on_image([prompt], image), answer),
+                    classifier.embed(on_image(asked, image)), classifier.embed(on_image([prompt], image), answer)
                 )
                 for image in images
             ]

@@ -5,8 +5,8 @@ import threading
 import pytest
 from test_fetch import IMAGES, JSON, NAMES, SIZES, a_store, asked, jpeg, online, put, server, tree, zipped
 
-from mscke.benchmark import coco, download
-from mscke.benchmark.lock import FetchError, Lock
+from mscke.fetching import coco, download
+from mscke.fetching.lock import FetchError, Lock
 
 __all__ = ["online", "server"]  # fixtures
 
@@ -20,13 +20,7 @@ def test_an_image_that_is_not_there_is_named_with_its_records_and_the_others_com
     body = online.files.pop(f"/{NAMES[4]}")
     with pytest.raises(FetchError) as error:
         a_store(tmp_path, online).benchmark(SIZES)
-    for part in (
-        "1 of 5 images",
-        NAMES[4],
-        "test_data.json, record 0; test_data.json, record 1",
-        "HTTP 404",
-        "DATA=",
-    ):
+    for part in ("1 of 5 images", NAMES[4], "test_data.json, record 0; test_data.json, record 1", "HTTP 404", "DATA="):
         assert part in str(error.value)
     assert tree(tmp_path / "data") == JSON | {name: IMAGES[name] for name in NAMES[:4]}
     online.files[f"/{NAMES[4]}"] = body
@@ -105,9 +99,7 @@ def test_images_come_side_by_side_and_not_too_many(tmp_path, monkeypatch):
 
     monkeypatch.setattr(coco, "AT_ONCE", 3)
     monkeypatch.setattr(coco, "download", fake)
-    coco.fetch(
-        {f"val2014/{number}.jpg": ["a record"] for number in range(9)}, tmp_path, Lock(tmp_path / "lock")
-    )
+    coco.fetch({f"val2014/{number}.jpg": ["a record"] for number in range(9)}, tmp_path, Lock(tmp_path / "lock"))
     assert max(most) == 3 and len(most) == 9
 
 
@@ -125,7 +117,4 @@ def test_what_a_local_zip_lacks_is_fetched(online, tmp_path):
 
 
 def test_zips_are_never_fetched():
-    assert (
-        ".zip" not in coco.IMAGES
-        and coco.IMAGES.format(NAMES[0]) == f"http://images.cocodataset.org/{NAMES[0]}"
-    )
+    assert ".zip" not in coco.IMAGES and coco.IMAGES.format(NAMES[0]) == f"http://images.cocodataset.org/{NAMES[0]}"

@@ -8,13 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    Blip2ForConditionalGeneration,
-    Blip2Processor,
-    LlamaTokenizer,
-)
+from transformers import AutoConfig, AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor, LlamaTokenizer
 
 from mscke.benchmark.sample import Query
 from mscke.models.compose import compose_minigpt4, memory_needed, open_weights, read_index, seeing_shards
@@ -95,9 +89,7 @@ def test_nothing_is_rounded_and_new_words_are_average(parts, composed):
         assert torch.equal(state[name][: len(tensor)], tensor), name
         if len(state[name]) > len(tensor):
             assert name.endswith(("embed_tokens.weight", "lm_head.weight"))
-            torch.testing.assert_close(
-                state[name][len(tensor) :].mean(0), tensor.mean(0), atol=1e-6, rtol=1e-4
-            )
+            torch.testing.assert_close(state[name][len(tensor) :].mean(0), tensor.mean(0), atol=1e-6, rtol=1e-4)
 
 
 def gather_all(folder) -> dict[str, torch.Tensor]:
@@ -275,9 +267,7 @@ def test_blip2_as_the_hub_has_it(hub_blip2, records, size):
     torch.testing.assert_close(ours, inputs.pixel_values, atol=0.03, rtol=0)  # one grey level of resizing
     with torch.inference_mode():
         expected = mllm.model(**inputs | {"pixel_values": ours}, interpolate_pos_encoding=True).logits
-        embedded = embed(
-            mllm.model.language_model, inputs.input_ids, mllm.encoder.image_id, mllm.see([query])
-        )
+        embedded = embed(mllm.model.language_model, inputs.input_ids, mllm.encoder.image_id, mllm.see([query]))
         logits = mllm.model.language_model(inputs_embeds=embedded).logits
     torch.testing.assert_close(logits, expected)
 

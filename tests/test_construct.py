@@ -13,22 +13,16 @@ import pytest
 from judge_server import complains, says, serve, status
 from PIL import Image
 
-from mscke.benchmark.construct import construct, main
 from mscke.benchmark.generate import record
-from mscke.benchmark.judge import Judge, JudgeError
 from mscke.benchmark.load import load_records
-from mscke.benchmark.questions import (
-    ATTRIBUTES,
-    OPPOSITE,
-    Question,
-    Reference,
-    in_scope,
-    sample_question,
-)
+from mscke.benchmark.questions import ATTRIBUTES, OPPOSITE, Question, Reference, in_scope
 from mscke.benchmark.sample import RecordError
 from mscke.benchmark.scenes import CARDS, CATEGORIES, KINDS, PLACES, render, sample_scene
-from mscke.benchmark.verdicts import Judged, cohen_kappa, judge_pairs
-from mscke.benchmark.vqa import Pair, VisualQuestion, propose, read_nq, read_vqa
+from mscke.construction.construct import construct, main
+from mscke.construction.judge import Judge, JudgeError
+from mscke.construction.verdicts import Judged, cohen_kappa, judge_pairs
+from mscke.construction.vqa import Pair, VisualQuestion, propose, read_nq, read_vqa
+from mscke.pretraining.questions import sample_question
 
 NAME = "{subtype}/{image_id:012d}.png"
 TYPES = {"name": "other", "count": "number", "flies": "yes/no", "animal": "yes/no", "food": "yes/no",
@@ -100,11 +94,7 @@ def program(pictures):
         name, schema = (body["response_format"]["json_schema"][k] for k in ("name", "schema"))
         if name == "rephrase":
             return {"question": rewording(facts["question"])}
-        prompt, new, other = (
-            facts["edit"]["question"],
-            facts["edit"]["new_answer"],
-            facts["other"]["question"],
-        )
+        prompt, new, other = (facts["edit"]["question"], facts["edit"]["new_answer"], facts["other"]["question"])
         if name == "text_scope":
             assert "old_answer" not in facts["other"]
             assert len(user["content"]) == 1
@@ -148,9 +138,7 @@ class Dump:
         self.pictures = {url_digest(root / path): scene for path, scene in self.scenes.items()}
         self.questions = root / "questions.json"
         self.annotations = root / "annotations.json"
-        asked = [
-            {"image_id": i, "question_id": 1000 + n, "question": q.text()} for n, (i, q, _) in enumerate(rows)
-        ]
+        asked = [{"image_id": i, "question_id": 1000 + n, "question": q.text()} for n, (i, q, _) in enumerate(rows)]
         answered = [
             {
                 "question_id": 1000 + n, "image_id": i, "question_type": q.attribute, "answer_type": TYPES[q.attribute],
@@ -170,20 +158,11 @@ class Dump:
         return read_vqa(self.questions, self.annotations, NAME)
 
     def construct(self, server, out, repeat=20, **settings):
-        return construct(
-            self.read(), read_nq(self.nq), self.root, judge(server, out, **settings), out, repeat
-        )
+        return construct(self.read(), read_nq(self.nq), self.root, judge(server, out, **settings), out, repeat)
 
     def options(self, out):
-        paths = {
-            "questions": self.questions,
-            "annotations": self.annotations,
-            "images": self.root,
-            "nq": self.nq,
-        }
-        return [f"--{k}={v}" for k, v in (paths | {"out": out, "image-name": NAME}).items()] + [
-            "--per-minute=1e6"
-        ]
+        paths = {"questions": self.questions, "annotations": self.annotations, "images": self.root, "nq": self.nq}
+        return [f"--{k}={v}" for k, v in (paths | {"out": out, "image-name": NAME}).items()] + ["--per-minute=1e6"]
 
 
 def judge(server, out, **settings):
@@ -243,9 +222,7 @@ def test_scenes_labels_are_recovered(dump, built):
 
 def test_the_files_are_a_benchmark(dump, built):
     out, report, _ = built
-    parts = {
-        split: load_records(out / f"{split}_data.json", dump.root).records for split in ("train", "test")
-    }
+    parts = {split: load_records(out / f"{split}_data.json", dump.root).records for split in ("train", "test")}
     images = {split: {r.edit.image for r in records} for split, records in parts.items()}
     assert not images["train"] & images["test"]
     everything = parts["train"] + parts["test"]
@@ -301,9 +278,7 @@ def test_generated_records_are_judged_as_generated(tmp_path):
         path = tmp_path / f"{number}.png"
         Image.fromarray(render(scene)).save(path)
         pictures[url_digest(path)] = scene
-        ask = VisualQuestion(
-            3 * number, path.name, row["src"], row["meta"]["original"], ("other", ""), frozenset()
-        )
+        ask = VisualQuestion(3 * number, path.name, row["src"], row["meta"]["original"], ("other", ""), frozenset())
         inside = replace(ask, id=ask.id + 1, question=row["fg_gen_q"], answer="?")
         outside = replace(ask, id=ask.id + 2, question=row["fg_loc_q"], answer=row["fg_loc_a"])
         pairs += [Pair(ask, row["alt"], inside), Pair(ask, row["alt"], outside)]
@@ -342,9 +317,7 @@ def judged_by(answer, dump, out, faults=(), repeat=0):
 def test_refusals_neithers_and_empty_answers_are_left_out(dump, tmp_path):
     empty = json.dumps({"reason": "", "verdict": "entailed", "answer": " "})
     faults = [says(None, refusal="no"), says(empty), None, None]
-    pairs, judged, _, missing = judged_by(
-        a_judge_that_says(["independent", "neither"]), dump, tmp_path, faults
-    )
+    pairs, judged, _, missing = judged_by(a_judge_that_says(["independent", "neither"]), dump, tmp_path, faults)
     assert [j.pair for j in judged] == pairs[2::2]
     (one,) = missing
     assert one == {"stage": "image and text", "why": "refused", "image": pairs[0].edited.image,
@@ -404,18 +377,13 @@ def test_proposals(dump):
         assert {p.candidate for p in group} == others
     assert len({p.edited.image for p in pairs}) == len({p.edited for p in pairs}) > N_SCENES / 2
     assert len({p.edited.image for p in propose(questions, n_images=5)}) <= 5
-    assert {p.edited.kind[0] for p in propose(questions, answer_types=("number", "yes/no"))} <= {
-        "number",
-        "yes/no",
-    }
+    assert {p.edited.kind[0] for p in propose(questions, answer_types=("number", "yes/no"))} <= {"number", "yes/no"}
 
 
 def test_no_annotator_gave_the_new_answer():
     kind = ("other", "what is the")
     ask = VisualQuestion(1, "a.png", "What is the bird?", "owl", kind, frozenset({"owl", "barn owl", "bird"}))
-    others = [
-        replace(ask, id=i, image="b.png", answer=a) for i, a in enumerate(("owl", "barn owl", "bird"), 2)
-    ]
+    others = [replace(ask, id=i, image="b.png", answer=a) for i, a in enumerate(("owl", "barn owl", "bird"), 2)]
     pair = replace(ask, id=9, question="What is the cat?", kind=("other", "what is"))
     assert not [p for p in propose([ask, pair, *others]) if p.edited == ask]
     kite = replace(ask, id=5, image="b.png", answer="kite")
@@ -455,9 +423,7 @@ def test_ids_may_be_text(make, dump, tmp_path):
     for file, part in zip(files, ("questions", "annotations"), strict=True):
         for row in file[part]:
             row["question_id"] = make(row["question_id"])
-        (tmp_path / part).write_bytes(
-            b"\xef\xbb\xbf" + json.dumps(file, indent=1).replace("\n", "\r\n").encode()
-        )
+        (tmp_path / part).write_bytes(b"\xef\xbb\xbf" + json.dumps(file, indent=1).replace("\n", "\r\n").encode())
     questions = read_vqa(tmp_path / "questions", tmp_path / "annotations", NAME)
     assert [q.id for q in questions] == [make(q.id) for q in dump.read()]
     pairs = propose(questions)
@@ -475,9 +441,7 @@ def test_image_ids_may_be_text(dump, tmp_path):
     (tmp_path / "questions.json").write_text(json.dumps(file))
     questions = read_vqa(tmp_path / "questions.json", dump.annotations, "{subtype}/{image_id}.jpg")
     assert questions[0].image == "val2014/img-1.jpg"
-    with pytest.raises(
-        RecordError, match=r"makes no path of image_id 'img-1'.*\{image_id\} alone takes text"
-    ):
+    with pytest.raises(RecordError, match=r"makes no path of image_id 'img-1'.*\{image_id\} alone takes text"):
         read_vqa(tmp_path / "questions.json", dump.annotations)
 
 
@@ -514,9 +478,7 @@ def test_rows_that_come_twice(dump, tmp_path):
         assert read_vqa(*(paths | {part: tmp_path / part}).values(), NAME) == dump.read()
         file[part][-1]["image_id"] = 77
         (tmp_path / part).write_text(json.dumps(file))
-        with pytest.raises(
-            RecordError, match=rf'{part}, "{part}" \d+: field "question_id": .* is also that of 0'
-        ):
+        with pytest.raises(RecordError, match=rf'{part}, "{part}" \d+: field "question_id": .* is also that of 0'):
             read_vqa(*(paths | {part: tmp_path / part}).values(), NAME)
 
 
@@ -545,7 +507,7 @@ def test_vqa_files_that_are_cut_or_do_not_belong_together(dump, tmp_path):
 
 
 def test_coco_names():
-    from mscke.benchmark.vqa import COCO_NAME
+    from mscke.construction.vqa import COCO_NAME
 
     assert COCO_NAME.format(subtype="val2014", image_id=42) == "val2014/COCO_val2014_000000000042.jpg"
 
@@ -559,12 +521,7 @@ def test_nq_open(tmp_path):
         {"question": "why", "answer": [""]},
     ]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    for start, end, last in (
-        ("", "\n", ""),
-        ("\ufeff", "\r\n", "\r\n"),
-        ("", "\n", "\n"),
-        ("", "\n\n", " \t\n"),
-    ):
+    for start, end, last in (("", "\n", ""), ("\ufeff", "\r\n", "\r\n"), ("", "\n", "\n"), ("", "\n\n", " \t\n")):
         path.write_bytes((start + "".join(line + end for line in lines) + last).encode())
         assert read_nq(path) == [("where is the owl", "in the\u2028wood"), ("who wrote it", "Ann")]
     for bad in (
@@ -597,9 +554,7 @@ def test_an_image_that_cannot_be_used_is_found_before_anything_is_asked(fault, d
         picture.write_bytes(whole[: len(whole) // 2] if fault == "cut short" else b"<svg/>")
     with serve(program(dump.pictures)) as server:
         client = judge(server, tmp_path)
-        with pytest.raises(
-            RecordError, match=rf"1 of 12 images cannot be used.*\n  val2014/{picture.name}: "
-        ):
+        with pytest.raises(RecordError, match=rf"1 of 12 images cannot be used.*\n  val2014/{picture.name}: "):
             construct(dump.read(), read_nq(dump.nq), tmp_path / "images", client, tmp_path)
         assert not server.bodies
 
@@ -613,10 +568,7 @@ def test_a_filtered_picture_and_a_stubborn_question_are_left_out_and_named(dump,
 
     def answer(body):
         content = body["messages"][1]["content"]
-        if (
-            len(content) == 2
-            and filtered == hashlib.sha256(content[1]["image_url"]["url"].encode()).hexdigest()
-        ):
+        if len(content) == 2 and filtered == hashlib.sha256(content[1]["image_url"]["url"].encode()).hexdigest():
             return complains("filtered", code="content_filter")
         facts = json.loads(content[0]["text"])
         if len(content) == 2 and not stubborn:
@@ -627,16 +579,12 @@ def test_a_filtered_picture_and_a_stubborn_question_are_left_out_and_named(dump,
         found = dump.construct(server, tmp_path, repeat=0, concurrency=1)
         answered = len(server.bodies)
         again = dump.construct(server, tmp_path, repeat=0, concurrency=1)
-        assert (
-            len(server.bodies) == answered + 3
-        )  # what is refused is refused, what is stubborn gets another chance
+        assert len(server.bodies) == answered + 3  # what is refused is refused, what is stubborn gets another chance
     assert again == found == json.loads((tmp_path / "report.json").read_text())
     refused = [one for one in found["left_out"] if one["why"] == "refused"]
     assert {one["image"] for one in refused} == {name}
     assert {one["question"] for one in refused} <= {q.id for q in asked}
-    assert (
-        len(refused) == found["refused"] == len([p for p in propose(dump.read()) if p.edited.image == name])
-    )
+    assert len(refused) == found["refused"] == len([p for p in propose(dump.read()) if p.edited.image == name])
     assert found["unanswered"] == len(found["left_out"]) - len(refused) == 1
     assert found["pairs"] == report["pairs"]
     usable = sum(v for k, v in found.items() if k.startswith(("entailed", "independent")))

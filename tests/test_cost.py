@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from mscke.cost import bench, peak
+from mscke.cost import components as cost
 from mscke.editors.mscke import MSCKE
-from mscke.evaluation import bench, cost, peak
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.mllm import MLLM
 from mscke.report import costs
 from mscke.report.paper import reported_cost
-from mscke.workers import in_processes
+from mscke.system.workers import in_processes
 
 pytest_plugins = ["tiny"]
 
@@ -298,8 +299,7 @@ def test_the_tables_say_what_was_measured(costed):
     assert head.mib == head.parameters * 4 / 2**20
 
     peaks = pd.DataFrame(
-        [(part, batch, 10.0 * batch) for part in cost.PARTS for batch in (1, 8)],
-        columns=["part", "batch", "mib"],
+        [(part, batch, 10.0 * batch) for part in cost.PARTS for batch in (1, 8)], columns=["part", "batch", "mib"]
     )
     beside = costs.part_table(table[table.backbone == "A"], peaks).set_index("part")
     assert beside.loc["scope classifier", "ms_1"] == 1 + 2 + 3 + 4

@@ -72,9 +72,7 @@ def test_the_edit_is_in_the_prompt(mllm, four):
     model, (queries, edits, _) = beside(mllm), four
     for prompt, query, edit in zip(model.prompts(queries, edits), queries, edits, strict=True):
         text = mllm.tokenizer.decode(prompt)
-        assert text.endswith(
-            f"New Fact: {edit.prompt} {edit.answer}\nPrompt: Question: {query.question} Short answer:"
-        )
+        assert text.endswith(f"New Fact: {edit.prompt} {edit.answer}\nPrompt: Question: {query.question} Short answer:")
 
 
 def test_the_edit_changes_what_is_predicted(mllm, four):

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from mscke.config import get_track
-from mscke.evaluation.dry_run import COUNTERFACTUAL, EVALUATION, IMAGES, MENDING, SCOPE
-from mscke.evaluation.watch import Log, Row, Steps
+from mscke.cost.dry_run import COUNTERFACTUAL, EVALUATION, IMAGES, MENDING, SCOPE
+from mscke.cost.watch import Log, Row, Steps
 from mscke.models import shapes
 from mscke.models.compose import outline
 from mscke.report.dry_run import hours, main, write_report
@@ -91,6 +91,4 @@ def test_shapes_are_the_published_ones(text, parameters):
     else:
         model = outline(shapes.blip2_config(text, side=224))
     count = sum(p.numel() for p in model.parameters())
-    assert count == pytest.approx(
-        parameters, rel=0 if text == "opt-125m" else 1e-3 if "opt" in text else 0.02
-    )
+    assert count == pytest.approx(parameters, rel=0 if text == "opt-125m" else 1e-3 if "opt" in text else 0.02)

@@ -15,14 +15,7 @@ from mscke.editors.ike import IKE
 from mscke.editors.mscke import MSCKE
 from mscke.editors.null import null_edits
 from mscke.editors.serac import MiniLMEncoder
-from mscke.evaluation.metrics import (
-    METRICS,
-    ROLES,
-    exact_match,
-    strict_match,
-    token_accuracy,
-    unchanged_share,
-)
+from mscke.evaluation.metrics import METRICS, ROLES, exact_match, strict_match, token_accuracy, unchanged_share
 from mscke.evaluation.protocol import ask, evaluate
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.decoding import Forced, teacher_force
@@ -249,12 +242,8 @@ def test_each_row_is_about_its_own_query(mllm, few):
 
 def test_unchanged_means_the_base_models_own_answer_right_or_wrong(mllm, few):
     """An ideal editor gets 100 %; one that gives out-of-scope queries the *gold* answer does not."""
-    base = dict(
-        zip(queries := [q for r in few for q in r.queries.values()], mllm.answer(queries), strict=True)
-    )
-    gold = {
-        r.queries[role]: r.answers[role] for r in few for role in ("reliability", "generality", "in_scope")
-    }
+    base = dict(zip(queries := [q for r in few for q in r.queries.values()], mllm.answer(queries), strict=True))
+    gold = {r.queries[role]: r.answers[role] for r in few for role in ("reliability", "generality", "in_scope")}
     rows = evaluate(Told(mllm, base | gold), mllm, few, "tiny")
     assert (rows[rows["protocol"] == "generated"]["value"] == 1).all()
     facts = {r.queries[role]: r.answers[role] for r in few for role in ("out_of_scope", "locality")}

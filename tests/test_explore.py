@@ -55,10 +55,7 @@ def by_hand(scored, key, threshold):
 @pytest.mark.parametrize("threshold", [0.0, 0.37, 0.5, 1.0])
 def test_metrics_are_those_of_the_main_table(scored, threshold):
     for key, rho in scored.rho.items():
-        found, expected = (
-            metrics(scored.values, rho, threshold).set_index("metric"),
-            by_hand(scored, key, threshold),
-        )
+        found, expected = (metrics(scored.values, rho, threshold).set_index("metric"), by_hand(scored, key, threshold))
         assert list(found.index) == list(COLUMNS)
         for column in ("value", "lo", "hi", "n"):
             np.testing.assert_allclose(found[column], expected.loc[found.index, column], atol=1e-9)
@@ -154,9 +151,7 @@ def test_each_row_of_the_picture_bears_its_own_number(scored):
 
 def test_a_change_makes_no_figure_and_heaps_up_no_artist(panel, monkeypatch):
     made, start = [], Figure.__init__
-    monkeypatch.setattr(
-        Figure, "__init__", lambda self, *a, **k: (made.append(self), start(self, *a, **k))[1]
-    )
+    monkeypatch.setattr(Figure, "__init__", lambda self, *a, **k: (made.append(self), start(self, *a, **k))[1])
     before = len(panel.figure.figure.findobj())
     for threshold in (0.2, 0.9, 0.4):
         panel.controls["threshold"].value = threshold
@@ -211,9 +206,7 @@ def test_a_tables_header_stands_over_its_columns_and_its_numbers_are_the_csvs(sc
 
 @pytest.fixture(scope="module")
 def table(scored):
-    parts = [
-        metrics(scored.values, rho).assign(clip=c, fusion=f, seed=s) for (c, f, s), rho in scored.rho.items()
-    ]
+    parts = [metrics(scored.values, rho).assign(clip=c, fusion=f, seed=s) for (c, f, s), rho in scored.rho.items()]
     return pd.concat(parts, ignore_index=True)
 
 

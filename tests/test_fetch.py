@@ -17,18 +17,17 @@ from PIL import Image
 from safetensors.torch import save
 from test_sample import a_row
 
-from mscke.benchmark import coco, download, fetch, hub
-from mscke.benchmark.download import download as get
-from mscke.benchmark.fetch import FILES, Store, open_store
-from mscke.benchmark.lock import FetchError, Lock, sha256
 from mscke.benchmark.sample import RecordError
 from mscke.config import TRACKS
+from mscke.fetching import coco, download, hub
+from mscke.fetching import store as fetch
+from mscke.fetching.download import download as get
+from mscke.fetching.lock import FetchError, Lock, sha256
+from mscke.fetching.store import FILES, Store, open_store
 from mscke.models.compose import SEEING, seeing_shards
 
 BODY = os.urandom(200_000)
-NAMES = [f"train2014/COCO_train2014_{i:012d}.jpg" for i in range(4)] + [
-    "val2014/COCO_val2014_000000000042.jpg"
-]
+NAMES = [f"train2014/COCO_train2014_{i:012d}.jpg" for i in range(4)] + ["val2014/COCO_val2014_000000000042.jpg"]
 
 
 def jpeg(number: int) -> bytes:
@@ -38,10 +37,7 @@ def jpeg(number: int) -> bytes:
 
 
 IMAGES = {name: jpeg(number) for number, name in enumerate(NAMES)}
-ROWS = {
-    "train": [a_row(name) for name in NAMES[:4]],
-    "test": [a_row(NAMES[4]), a_row(NAMES[4], src="Another?")],
-}
+ROWS = {"train": [a_row(name) for name in NAMES[:4]], "test": [a_row(NAMES[4]), a_row(NAMES[4], src="Another?")]}
 SIZES = {"train": 4, "test": 2}
 JSON = {FILES[split]: json.dumps(rows).encode() for split, rows in ROWS.items()}
 
@@ -74,9 +70,7 @@ def online(server, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     server.publish(fetch.FGVEDIT, JSON, "dataset")
-    server.files |= {f"/{name}": body for name, body in IMAGES.items()} | {
-        "/train2014/other.jpg": b"not named"
-    }
+    server.files |= {f"/{name}": body for name, body in IMAGES.items()} | {"/train2014/other.jpg": b"not named"}
     return server
 
 
@@ -84,9 +78,7 @@ def a_store(tmp_path, server=None, **changes) -> Store:
     """A store in ``tmp_path``, with the lock read anew."""
     images = f"{server.url}/{{}}" if server else "none"
     lock = Lock(tmp_path / "paper.lock.json")
-    return dataclasses.replace(
-        Store(tmp_path / "data", lock, online=server is not None, images=images), **changes
-    )
+    return dataclasses.replace(Store(tmp_path / "data", lock, online=server is not None, images=images), **changes)
 
 
 def put(folder: Path, files: dict[str, bytes]) -> Path:
@@ -221,9 +213,7 @@ def test_everything_is_fetched_locked_and_then_left_alone(online, tmp_path):
     loaded = a_store(tmp_path, online).benchmark(SIZES)
     assert [len(loaded[split].records) for split in SIZES] == [4, 2]
     assert tree(tmp_path / "data") == JSON | IMAGES
-    assert sorted(path for _, path, _ in online.asked if path.endswith((".jpg", ".zip"))) == [
-        f"/{n}" for n in NAMES
-    ]
+    assert sorted(path for _, path, _ in online.asked if path.endswith((".jpg", ".zip"))) == [f"/{n}" for n in NAMES]
 
     lock = json.loads((tmp_path / "paper.lock.json").read_text())
     commit = next(iter(online.repos.values()))
@@ -289,9 +279,7 @@ def test_a_changed_file_is_an_error_that_names_it(online, tmp_path):
 
 def test_the_locked_revision_is_fetched_whatever_is_newer(online, tmp_path, monkeypatch):
     a_store(tmp_path, online).benchmark(SIZES)
-    online.publish(
-        fetch.FGVEDIT, JSON | {"test_data.json": json.dumps(ROWS["test"][::-1]).encode()}, "dataset"
-    )
+    online.publish(fetch.FGVEDIT, JSON | {"test_data.json": json.dumps(ROWS["test"][::-1]).encode()}, "dataset")
     lock = (tmp_path / "paper.lock.json").read_text()
     elsewhere = put(tmp_path / "elsewhere", {"paper.lock.json": lock.encode()})
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(elsewhere / "cache"))
@@ -329,11 +317,7 @@ def test_bad_input_is_named_and_never_locked(tmp_path, files, message):
     own = put(tmp_path / "own", JSON | files)
     with pytest.raises((FetchError, RecordError), match=message):
         a_store(tmp_path, data=own).benchmark(SIZES)
-    locked = (
-        json.loads((tmp_path / "paper.lock.json").read_text())
-        if (tmp_path / "paper.lock.json").exists()
-        else {}
-    )
+    locked = json.loads((tmp_path / "paper.lock.json").read_text()) if (tmp_path / "paper.lock.json").exists() else {}
     assert "COCO 2014" not in locked
     assert not [name for name in tree(tmp_path) if name.endswith((".tmp", ".part"))]
 
@@ -371,9 +355,7 @@ def test_a_hub_without_the_files_is_an_error(online, tmp_path):
 @pytest.mark.parametrize("where", ["hub", "data"])
 def test_annotations_may_lie_in_a_folder(online, tmp_path, folder, where):
     nested = {f"{folder}/{name}": body for name, body in JSON.items()}
-    online.publish(
-        fetch.FGVEDIT, (nested if where == "hub" else {}) | {"my_train_data.json": b"no"}, "dataset"
-    )
+    online.publish(fetch.FGVEDIT, (nested if where == "hub" else {}) | {"my_train_data.json": b"no"}, "dataset")
     data = put(tmp_path / "own", nested | IMAGES) if where == "data" else None
     a_store(tmp_path, online, data=data).benchmark(SIZES)
     assert tree(tmp_path / "data") == JSON | IMAGES and online.fetched("my_train_data.json") == 0
@@ -383,10 +365,7 @@ def test_annotations_may_lie_in_a_folder(online, tmp_path, folder, where):
 
 
 def test_annotations_of_two_folders_are_not_chosen_from(tmp_path):
-    own = put(
-        tmp_path / "own",
-        {f"{folder}/{name}": body for name, body in JSON.items() for folder in ("new", "old")},
-    )
+    own = put(tmp_path / "own", {f"{folder}/{name}": body for name, body in JSON.items() for folder in ("new", "old")})
     with pytest.raises(FetchError, match=r"new/train_data\.json and old/train_data\.json: give DATA="):
         a_store(tmp_path, data=own).benchmark(SIZES)
     put(own, JSON | IMAGES)  # those at the top are meant
@@ -409,10 +388,7 @@ def test_records_with_a_bad_field_are_left_out_and_noted(online, tmp_path, monke
     monkeypatch.setitem(TRACKS, "paper", dataclasses.replace(TRACKS["paper"], **small))
     assert fetch.main([]) == 0
     said = capsys.readouterr().out
-    assert (
-        "train: 1 records with a bad field are left out" in said
-        and 'record 3, field "rephrase": found' in said
-    )
+    assert "train: 1 records with a bad field are left out" in said and 'record 3, field "rephrase": found' in said
 
 
 # Models
@@ -444,10 +420,7 @@ def test_only_the_shards_that_see_are_fetched(online, tmp_path):
 
 def test_old_weights_are_taken_where_there_are_no_others(online, tmp_path):
     online.publish("an/old", {"config.json": b"{}", "pytorch_model.bin": b"old", "flax_model.msgpack": b"no"})
-    assert sorted(os.listdir(a_store(tmp_path, online).model("an/old"))) == [
-        "config.json",
-        "pytorch_model.bin",
-    ]
+    assert sorted(os.listdir(a_store(tmp_path, online).model("an/old"))) == ["config.json", "pytorch_model.bin"]
 
 
 @pytest.mark.parametrize("name", ["an/owner", "owner"])
@@ -465,10 +438,7 @@ def test_a_local_model_comes_first_and_is_held_to_the_lock(online, tmp_path, nam
     "change, message",
     [
         ({"model-2.safetensors": None}, r"lacks model-2\.safetensors"),
-        (
-            {"model-2.safetensors": SHARDED["model-2.safetensors"][:-3]},
-            r"model-2\.safetensors is damaged or cut",
-        ),
+        ({"model-2.safetensors": SHARDED["model-2.safetensors"][:-3]}, r"model-2\.safetensors is damaged or cut"),
         ({"model-2.safetensors": struct.pack("<Q", 2**40)}, r"model-2\.safetensors is damaged or cut"),
         ({"model.safetensors.index.json": b'{"weight_m'}, "no index of weights"),
         ({"config.json": b'{"model_'}, r"config\.json is damaged or cut short"),
@@ -488,9 +458,7 @@ def test_a_cut_shard_is_fetched_whole(online, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     big = save({"x": torch.randn(5000)})
     commit = online.publish("a/big", {"config.json": b"{}", "model.safetensors": big})
-    hub.snapshot(
-        "a/big", ["config.json"], commit, online=True
-    )  # lists the files: the next GET is the shard's
+    hub.snapshot("a/big", ["config.json"], commit, online=True)  # lists the files: the next GET is the shard's
     online.cuts = [9000]
     folder = hub.snapshot("a/big", ["*.safetensors"], commit, online=True)
     assert (folder / "model.safetensors").read_bytes() == big
@@ -528,9 +496,7 @@ def test_the_projection_comes_off_its_space_on_the_hub(online, tmp_path, monkeyp
     commit = online.publish(fetch.SPACE, {fetch.PROJECTION: weights, "app.py": b"no"}, "space")
     path = a_store(tmp_path, online).minigpt4()
     assert path.read_bytes() == weights and "/drive" not in asked(online) and online.fetched("app.py") == 0
-    assert (
-        json.loads((tmp_path / "paper.lock.json").read_text())[f"spaces/{fetch.SPACE}"]["revision"] == commit
-    )
+    assert json.loads((tmp_path / "paper.lock.json").read_text())[f"spaces/{fetch.SPACE}"]["revision"] == commit
     assert a_store(tmp_path).minigpt4() == path  # offline, from the hub's cache
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
     with pytest.raises(FetchError, match=rf"{fetch.PROJECTION}: .*go online"):
@@ -551,11 +517,7 @@ def test_google_drive_is_second(online, tmp_path, monkeypatch, capsys, weights, 
 @pytest.mark.parametrize("drive", ["page", "another", "none"])
 def test_a_projection_that_is_nowhere_says_so_of_both(online, tmp_path, monkeypatch, weights, drive):
     monkeypatch.setattr(fetch, "DRIVE", f"{online.url}/drive")
-    said = {
-        "page": "gives a web page",
-        "another": "is not the checkpoint that was published",
-        "none": "HTTP 404",
-    }
+    said = {"page": "gives a web page", "another": "is not the checkpoint that was published", "none": "HTTP 404"}
     if drive != "none":
         online.files["/drive"] = b"<html>quota" if drive == "page" else b"WEIGHTS"
     if drive == "page":
@@ -577,9 +539,7 @@ def test_options_come_from_the_environment(tmp_path, monkeypatch):
         open_store(models=str(tmp_path / "none"))
 
 
-def test_the_command_fetches_everything_or_says_what_is_missing(
-    online, tmp_path, monkeypatch, capsys, weights
-):
+def test_the_command_fetches_everything_or_says_what_is_missing(online, tmp_path, monkeypatch, capsys, weights):
     monkeypatch.setattr(fetch, "open_store", lambda *_: a_store(tmp_path, online))
     sources = {"backbones": {"MiniGPT-4": f"minigpt4:{EYES}+{EYES}"}, "clips": {}, "counterfactuals": {}}
     sizes = {f"n_{split}": size for split, size in SIZES.items()}

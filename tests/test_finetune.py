@@ -40,9 +40,7 @@ def assert_close(found, expected, share=0.01):
 
 
 def same_forced(found, expected):
-    return all(
-        (a.top == b.top).all() and (a.hits == b.hits).all() for a, b in zip(found, expected, strict=True)
-    )
+    return all((a.top == b.top).all() and (a.hits == b.hits).all() for a, b in zip(found, expected, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +199,4 @@ def test_the_rate_is_the_one_that_does_best_on_validation(mllm, few):
         assert row["specificity"] == (row["in_scope"] + row["out_of_scope"]) / 2
         four = [row[name] for name in ("reliability", "generality", "locality", "specificity")]
         assert row["score"] == pytest.approx(sum(four) / 4)
-    assert best == {
-        "lr": max(table.to_dict("records"), key=lambda r: r["score"])["lr"],
-        "steps": best["steps"],
-    }
+    assert best == {"lr": max(table.to_dict("records"), key=lambda r: r["score"])["lr"], "steps": best["steps"]}

@@ -10,12 +10,12 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from mscke.checkpoint import code_of
 from mscke.editors.mend import MEND, MendNetworks
 from mscke.editors.mend_training import train_mend
-from mscke.fit import fit
 from mscke.models.counterfactual import CounterfactualModel
-from mscke.training import train_counterfactual
+from mscke.training.checkpoint import code_of
+from mscke.training.fit import fit
+from mscke.training.scope import train_counterfactual
 
 pytest_plugins = ["tiny"]
 N, EPOCHS, BATCH = 10, 3, 3  # four batches an epoch, the last of one row
@@ -241,9 +241,7 @@ def test_gradient_checkpointing_computes_activations_again(blip2, records, tmp_p
     calls, models = [], [counterfactual(blip2), counterfactual(blip2)]
     for model, again in zip(models, (False, True), strict=True):
         layer = model.language_model.model.decoder.layers[0]
-        layer.fc1.register_forward_hook(
-            lambda m, *_, again=again: calls.append(again) if m.training else None
-        )
+        layer.fc1.register_forward_hook(lambda m, *_, again=again: calls.append(again) if m.training else None)
         train_counterfactual(
             model, records[:4], records[4:5], tmp_path / str(again), 1, batch_size=2, checkpointing=again
         )
@@ -255,9 +253,7 @@ def test_parts_make_the_counterfactuals_step(blip2, records, tmp_path):
     """Its loss is a mean over tokens, of which parts have different numbers."""
     models = [counterfactual(blip2), counterfactual(blip2)]
     for parts, model in enumerate(models, 1):
-        train_counterfactual(
-            model, records[:6], records[6:7], tmp_path / str(parts), 1, batch_size=3, accumulate=parts
-        )
+        train_counterfactual(model, records[:6], records[6:7], tmp_path / str(parts), 1, batch_size=3, accumulate=parts)
     close(*models)
 
 
@@ -268,9 +264,7 @@ def test_parts_make_mends_step(blip2, records, tmp_path):
         torch.manual_seed(0)
         models.append(MendNetworks.beside(blip2, layers=1, rank=4))
         settings = {"batch_size": 3, "accumulate": parts, "patience": 2}
-        curve = train_mend(
-            MEND(blip2, models[-1]), records[:6], records[6:8], tmp_path / str(parts), 1, **settings
-        )
+        curve = train_mend(MEND(blip2, models[-1]), records[:6], records[6:8], tmp_path / str(parts), 1, **settings)
         assert curve["validation_loss"].gt(0).all()
     close(*models)
 

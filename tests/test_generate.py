@@ -11,13 +11,13 @@ from PIL import Image
 from test_questions import meant, read, reply, touches
 
 from mscke import config
-from mscke.benchmark import load_benchmark, loaded_once
 from mscke.benchmark.facts import N_COUNTRIES, locality_facts, world_facts
 from mscke.benchmark.generate import OUT_OF_SCOPE, generate, record
 from mscke.benchmark.load import load_records
 from mscke.benchmark.questions import IDENTITY
 from mscke.benchmark.sample import FIELDS
 from mscke.benchmark.scenes import HELD_OUT, KINDS, KNOWN, RECORD_FOLD, Entity, Scene, fold, render
+from mscke.fetching.track import load_benchmark, loaded_once
 
 N = 600
 

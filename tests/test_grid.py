@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from mscke import checkpoint, training
-from mscke.benchmark import load_benchmark
 from mscke.classifier import ScopeClassifier
 from mscke.config import get_track
 from mscke.editors import build, grid
 from mscke.editors.grid import SUPERVISION, Shared, Spec, train_grid
-from mscke.workers import in_processes, one_thread
+from mscke.fetching.track import load_benchmark
+from mscke.system.workers import in_processes, one_thread
 
 pytest_plugins = ["tiny"]
 

@@ -5,13 +5,7 @@ import pytest
 
 from mscke.evaluation.metrics import ROLES
 from mscke.evaluation.outcomes import COLUMNS
-from mscke.report.grounding import (
-    before_and_after,
-    plot_readers,
-    question_kinds,
-    right_by_kind,
-    slice_rows,
-)
+from mscke.report.grounding import before_and_after, plot_readers, question_kinds, right_by_kind, slice_rows
 
 pytest_plugins = ["tiny"]
 IN, OUT = ROLES.index("in_scope"), ROLES.index("out_of_scope")
@@ -47,9 +41,7 @@ def test_a_slice_is_the_mean_of_its_records():
     for name, mask in slices.items():
         part = table[table.slice == name].set_index("metric")
         np.testing.assert_allclose(part.value[list(COLUMNS)], 100 * found[mask].mean(0))
-        assert (
-            (part.n == mask.sum()).all() and (part.lo <= part.value).all() and (part.value <= part.hi).all()
-        )
+        assert (part.n == mask.sum()).all() and (part.lo <= part.value).all() and (part.value <= part.hi).all()
 
 
 def test_cards_show_failures_of_the_first_and_both_scores(records, rho):

@@ -75,9 +75,7 @@ def test_chance_within_by_counting_orders():
     orders = list(combinations(range(7), 4))  # places of the calibration scores, 0 the lowest
     for leaks in range(4):
         marks = [sorted(held)[-1 - leaks] for held in orders]  # the threshold lies just above
-        new = [
-            sum(p > mark for p in range(7) if p not in held) for held, mark in zip(orders, marks, strict=True)
-        ]
+        new = [sum(p > mark for p in range(7) if p not in held) for held, mark in zip(orders, marks, strict=True)]
         share = np.mean([x <= 1 for x in new])
         assert chance_within(leaks, 4, 3, 0.34) == pytest.approx(share)
 
@@ -111,9 +109,7 @@ def test_too_few_scores_leave_every_question_to_the_base_model(n, alpha, least):
 def test_what_is_promised_is_said():
     text = str(guarantee(np.arange(100) / 100, 0.1, 0.2))
     assert "80 % confidence" in text and "at most 10 %" in text and "of 100 calibration questions" in text
-    assert "the next" not in text and "of the next 50 as well" in str(
-        guarantee(np.arange(100) / 100, 0.1, 0.2, 50)
-    )
+    assert "the next" not in text and "of the next 50 as well" in str(guarantee(np.arange(100) / 100, 0.1, 0.2, 50))
 
 
 @pytest.mark.parametrize("scores", [np.zeros((2, 2)), np.array([0.1, np.nan]), np.array(0.5)])

@@ -41,10 +41,7 @@ def test_the_interval_of_an_error_that_is_chance_goes_down_and_not_up():
     lo, hi = 2 * found["ece"] - np.percentile(drawn, (97.5, 2.5))
     assert found["ece"] < np.median(drawn) and hi < np.percentile(drawn, 97.5) - 0.01
     assert found["lo"] == pytest.approx(max(0, lo), abs=0.01)
-    assert (
-        found["hi"] == pytest.approx(max(found["ece"], hi), abs=0.01)
-        and found["lo"] <= found["ece"] <= found["hi"]
-    )
+    assert found["hi"] == pytest.approx(max(found["ece"], hi), abs=0.01) and found["lo"] <= found["ece"] <= found["hi"]
 
 
 def test_mean_interval_of_truths():

@@ -13,7 +13,7 @@ from mscke.editors.serac import MiniLMEncoder
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
 from mscke.models.prompts import IN_CONTEXT, TEMPLATE
-from mscke.training import ROLES
+from mscke.training.scope import ROLES
 
 pytest_plugins = ["tiny"]
 
@@ -32,11 +32,7 @@ def split(records):
 @pytest.fixture(scope="module")
 def asked(split):
     few = split[1]
-    return (
-        [q for r in few for q in r.queries.values()],
-        [a for r in few for a in r.answers.values()],
-        own_edits(3, 5),
-    )
+    return ([q for r in few for q in r.queries.values()], [a for r in few for a in r.answers.values()], own_edits(3, 5))
 
 
 def fact(record):

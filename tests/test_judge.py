@@ -9,24 +9,12 @@ from datetime import UTC, datetime
 from email.utils import formatdate
 
 import pytest
-from judge_server import (
-    complains,
-    completion,
-    cut,
-    drip,
-    hang_up,
-    says,
-    sends,
-    serve,
-    silent,
-    status,
-    together,
-)
+from judge_server import complains, completion, cut, drip, hang_up, says, sends, serve, silent, status, together
 from PIL import Image, ImageStat
 
-from mscke.benchmark import endpoint
-from mscke.benchmark.judge import Judge, JudgeError, NoReply, Request, Task
 from mscke.benchmark.pictures import PictureError, open_image
+from mscke.construction import endpoint
+from mscke.construction.judge import Judge, JudgeError, NoReply, Request, Task
 
 COUNT = Task("count", "How long is the word?", {"n": {"type": "integer"}})
 KEY = "sk-not-a-real-key"
@@ -120,9 +108,7 @@ def test_a_rerun_costs_nothing_and_other_content_is_asked(judge, picture, monkey
     assert "Authorization" not in server.headers[-1]
 
 
-SHORT = (
-    3  # seconds: the time-out where it is what is tested; an answer that comes at once has so long to come
-)
+SHORT = 3  # seconds: the time-out where it is what is tested; an answer that comes at once has so long to come
 SLOW = ("silent", "drip")
 FAULTS = {
     "429": status(429),
@@ -150,9 +136,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_survives(fault, judge):
     with serve(length, [FAULTS[fault]]) as server:
-        assert judge(server, timeout=SHORT if fault in SLOW else 60).ask(Request(COUNT, {"word": "owl"})) == {
-            "n": 3
-        }
+        assert judge(server, timeout=SHORT if fault in SLOW else 60).ask(Request(COUNT, {"word": "owl"})) == {"n": 3}
     assert len(server.bodies) == 2
 
 
@@ -326,9 +310,7 @@ def test_verdicts_keep_their_names(judge, tmp_path):
     picture = tmp_path / "one.png"
     picture.write_bytes(ONE_PIXEL)
     with serve(lambda body: {"n": 1}) as server:
-        judge(server).ask_all(
-            [Request(COUNT, {"word": "a <b> | naïve"}), Request(COUNT, {"word": "owl"}, picture)]
-        )
+        judge(server).ask_all([Request(COUNT, {"word": "a <b> | naïve"}), Request(COUNT, {"word": "owl"}, picture)])
     assert {path.stem for path in tmp_path.glob("verdicts/*/*.json")} == {
         "3226aee39bf64641c9523d10772c73e00910c5c92c247178054313f96e3e3cc5",
         "f8702dfb20f3dc87c592ad53e3177fd91b23e96e03eac3ce089595f2d7b17262",
@@ -350,9 +332,7 @@ def turned(path):
 
 
 PICTURES = {
-    "of a phone: several in one JPEG": lambda p: noise().save(
-        p, "MPO", save_all=True, append_images=[noise()]
-    ),
+    "of a phone: several in one JPEG": lambda p: noise().save(p, "MPO", save_all=True, append_images=[noise()]),
     "webp": lambda p: noise().save(p, "WEBP"),
     "CMYK": lambda p: noise("CMYK").save(p, "JPEG"),
     "16 bits": lambda p: Image.new("I;16", (24, 16), 40_000).save(p, "PNG"),
@@ -395,9 +375,7 @@ READABLE = {
     "fenced": says('```json\n{"n": 3}\n```'),
     "prose around": says('It is {short}. My answer: {"n": 3} Anything else?'),
     "parts": says([{"type": "text", "text": '{"n"'}, {"type": "text", "text": ": 3}"}]),
-    "thoughts as a part": says(
-        [{"type": "thinking", "thinking": "{}"}, {"type": "text", "text": '{"n": 3}'}]
-    ),
+    "thoughts as a part": says([{"type": "thinking", "thinking": "{}"}, {"type": "text", "text": '{"n": 3}'}]),
     "thoughts": says('<think>Is it {"n": 4}? No.</think>\n\n{"n": 3}'),
     "thoughts opened by the template": says('Is it {"n": 4}? No.</think>```\n{"n": 3}\n```'),
     "said twice": says('{"n": 3}\n{"n": 3}'),
@@ -440,9 +418,7 @@ def test_half_a_character_is_no_reply(judge):
 def test_the_error_shows_what_the_model_said(judge):
     long = says("<think>" + "hm " * 500 + "</think>I count five letters.")
     with serve(length, [long] * 9) as server:
-        with pytest.raises(
-            JudgeError, match=r"3 attempts.*<think>hm hm .* … .*I count five letters\."
-        ) as error:
+        with pytest.raises(JudgeError, match=r"3 attempts.*<think>hm hm .* … .*I count five letters\.") as error:
             judge(server, attempts=8).ask(words(1)[0])
         assert len(server.bodies) == 3  # each of them is paid for
     assert "choices" not in str(error.value)
@@ -554,14 +530,8 @@ def picky(name, complaint):
 COMPLAINTS = {
     "by param": ("temperature", complains("Unsupported value: 0", param="temperature")),
     "by name": ("temperature", complains("'temperature' does not support 0 with this model.")),
-    "by place": (
-        "temperature",
-        status(422, '{"detail": [{"loc": ["body", "temperature"], "msg": "forbidden"}]}'),
-    ),
-    "in a list": (
-        "temperature",
-        status(400, '[{"error": {"code": 400, "message": "Unknown name: temperature"}}]'),
-    ),
+    "by place": ("temperature", status(422, '{"detail": [{"loc": ["body", "temperature"], "msg": "forbidden"}]}')),
+    "in a list": ("temperature", status(400, '[{"error": {"code": 400, "message": "Unknown name: temperature"}}]')),
     "in prose": ("temperature", status(400, "temperature: not taken")),
     "another option": ("seed", complains("Unrecognized request argument supplied: seed")),
     "format by param": ("response_format", complains("Invalid schema", param="response_format.json_schema")),
@@ -590,10 +560,7 @@ def test_what_the_endpoint_does_not_take_is_left_out_from_then_on(how, judge, tm
 
 
 def test_without_structured_output_the_schema_stands_in_the_prompt(judge):
-    with (
-        serve(picky("response_format", complains("no response_format"))) as server,
-        pytest.warns(UserWarning),
-    ):
+    with serve(picky("response_format", complains("no response_format"))) as server, pytest.warns(UserWarning):
         judge(server).ask(words(1)[0])
     system = server.bodies[1]["messages"][0]["content"]
     assert system.startswith(COUNT.instructions)
@@ -626,9 +593,7 @@ def test_the_bound_on_tokens_has_two_names(taken, judge):
         with serve(answer) as server, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert judge(server, options={name: 300}).ask(words(1)[0]) == {"n": 1}
-        assert {k: v for k, v in server.bodies[-1].items() if k.startswith("max")} == (
-            {taken: 300} if taken else {}
-        )
+        assert {k: v for k, v in server.bodies[-1].items() if k.startswith("max")} == ({taken: 300} if taken else {})
 
 
 def test_a_complaint_that_repeats_the_question_is_about_no_parameter(judge):
@@ -683,9 +648,7 @@ def test_a_setting_that_cannot_be_meant_is_refused(setting, value, tmp_path):
 @pytest.mark.parametrize("damage", ["empty", "cut", "missing"])
 def test_a_picture_that_is_none_is_named_before_anything_is_asked(damage, judge, picture):
     data = picture.read_bytes()
-    picture.unlink() if damage == "missing" else picture.write_bytes(
-        data[: len(data) // 2 * (damage == "cut")]
-    )
+    picture.unlink() if damage == "missing" else picture.write_bytes(data[: len(data) // 2 * (damage == "cut")])
     with serve(length) as server, pytest.raises(PictureError, match=r"picture\.png"):
         judge(server).ask(Request(COUNT, {"word": "a"}, picture))
     assert not server.bodies

@@ -7,23 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from mscke.benchmark import load_benchmark
-from mscke.benchmark.generate import generate, side, write_records
+from mscke.benchmark.generate import generate, side
 from mscke.benchmark.look_alike import load_look_alikes, look_alike, pair
 from mscke.benchmark.scenes import KINDS, KNOWN, RECORD_FOLD, fold
+from mscke.benchmark.write import write_records
 from mscke.classifier import ScopeClassifier
 from mscke.config import get_track
 from mscke.editors.mscke import MSCKE
-from mscke.evaluation.look_alike import (
-    answered_among,
-    by_similarity,
-    cell_vectors,
-    entity_similarity,
-    routed_among,
-)
+from mscke.evaluation.look_alike import answered_among, by_similarity, cell_vectors, entity_similarity, routed_among
 from mscke.evaluation.metrics import ROLES
 from mscke.evaluation.outcomes import answered, own_scores
-from mscke.training import encode_records
+from mscke.fetching.track import load_benchmark
+from mscke.training.scope import encode_records
 
 pytest_plugins = ["tiny"]
 PAIRS = 6
@@ -59,10 +54,7 @@ def test_a_look_alike_is_of_the_same_category():
 
 def test_pairs_mirror_each_other(pairs):
     for (a, first), (b, second) in pairs:
-        cell, changed = (
-            first["meta"]["cell"],
-            {e.cell for e, f in zip(a.entities, b.entities, strict=True) if e != f},
-        )
+        cell, changed = (first["meta"]["cell"], {e.cell for e, f in zip(a.entities, b.entities, strict=True) if e != f})
         (other,) = changed - {cell}
         assert (a.at(cell).kind, a.at(other).kind) == (b.at(other).kind, b.at(cell).kind)
         assert a.at(other).kind == look_alike(a.at(cell).kind)
@@ -105,9 +97,9 @@ def test_questions_ask_about_the_edited_entity_and_its_look_alike(alike):
         assert kinds[meta["cell"]] == meta["original"] != meta["edited"] == record.edit.answer
         assert meta["hardness"]["out_of_scope"] == "look_alike"
         if meta["attribute"]["out_of_scope"] == "name":
-            assert record.out_of_scope_answer == look_alike(meta["original"]) or meta[
-                "original"
-            ] == look_alike(record.out_of_scope_answer)
+            assert record.out_of_scope_answer == look_alike(meta["original"]) or meta["original"] == look_alike(
+                record.out_of_scope_answer
+            )
 
 
 def test_an_entity_is_compared_with_all_others_and_not_with_itself(encoder, alike):
@@ -124,9 +116,7 @@ def test_an_entity_is_compared_with_all_others_and_not_with_itself(encoder, alik
 def test_cells_are_means_of_their_patches(encoder, alike):
     path = alike[0].edit.image
     row = encoder.images([path])
-    patches = torch.nn.functional.normalize(
-        encoder.images.columns[1][row][0] @ encoder.model.visual.proj, dim=-1
-    )
+    patches = torch.nn.functional.normalize(encoder.images.columns[1][row][0] @ encoder.model.visual.proj, dim=-1)
     corner = patches.unflatten(0, (6, 6))[4:, 4:].flatten(0, 1).mean(0)  # 6 × 6 patches: 2 × 2 a cell
     expected = torch.nn.functional.normalize(corner, dim=-1)
     torch.testing.assert_close(cell_vectors(encoder, [path])[0, 8], expected)

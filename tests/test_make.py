@@ -14,9 +14,7 @@ import pytest
 from mscke.config import ROOT
 
 TARGETS = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-NOT_OURS = {
-    name for name in os.environ if name.startswith(("MAKE", "MFLAGS", "PIP_", "PYTHON", "MSCKE", "GNUMAKE"))
-}
+NOT_OURS = {name for name in os.environ if name.startswith(("MAKE", "MFLAGS", "PIP_", "PYTHON", "MSCKE", "GNUMAKE"))}
 
 
 def make(folder, *arguments, **environment):
@@ -76,9 +74,7 @@ def wheel(folder: Path, name: str, tag: str) -> None:
     info = f"{name}-1.0.dist-info"
     with zipfile.ZipFile(folder / f"{name}-1.0-{tag}.whl", "w") as file:
         file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        file.writestr(
-            f"{info}/WHEEL", f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n"
-        )
+        file.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n")
         file.writestr(f"{info}/RECORD", f"{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
 
 
@@ -128,19 +124,12 @@ def test_the_first_python_that_has_wheels_is_taken_under_two_versions(house, tmp
         assert f"== .venv: by {here}" in done.stdout
         inside = [house / ".venv/bin/python", "-c", "import sys; print('cp%d%d' % sys.version_info[:2])"]
         assert subprocess.run(inside, capture_output=True, text=True).stdout.strip() == version
-        listed = subprocess.run(
-            [inside[0], "-m", "pip", "list"], capture_output=True, text=True
-        ).stdout.split()
+        listed = subprocess.run([inside[0], "-m", "pip", "list"], capture_output=True, text=True).stdout.split()
         assert {"pure", "built", "house"} <= set(listed)
         shutil.rmtree(house / ".venv")
         refused = make(house, f"BASE_PYTHON=python3.none {other}", *settings, **pip)
         assert refused.returncode != 0 and not (house / ".venv").exists()
-        for part in (
-            "python3.none: not there",
-            "tiny.lock has no wheels for it here",
-            "built",
-            "Install Python 3.11",
-        ):
+        for part in ("python3.none: not there", "tiny.lock has no wheels for it here", "built", "Install Python 3.11"):
             assert part in refused.stderr
 
 
@@ -183,9 +172,7 @@ def test_a_folder_and_an_interpreter_with_spaces_are_used_whole(house, fake):
 
 def test_data_and_models_with_spaces_reach_the_track_whole(house, fake):
     python, log = fake
-    make(
-        house, f"PYTHON={python}", "DATA=my coco", "MODELS=~/my models", "paper-check", HOME="/home/some one"
-    )
+    make(house, f"PYTHON={python}", "DATA=my coco", "MODELS=~/my models", "paper-check", HOME="/home/some one")
     told = next(line for line in log.read_text().splitlines() if "paper_check" in line).removeprefix("begin ")
     assert told.split("|")[:2] == [f"{house}/my coco", "/home/some one/my models"]
 

@@ -89,10 +89,7 @@ class MemoryMachine(RuleBasedStateMachine):
         distances, found = self.memory.nearest(torch.tensor(queries, dtype=torch.float32), k)
         assert distances.shape == found.shape == (len(queries), min(k, len(self.model)))
         for query, row, ids in zip(queries, distances.tolist(), found.tolist(), strict=True):
-            exact = {
-                i: sum((a - b) ** 2 for a, b in zip(query, v, strict=True))
-                for i, (_, v) in self.model.items()
-            }
+            exact = {i: sum((a - b) ** 2 for a, b in zip(query, v, strict=True)) for i, (_, v) in self.model.items()}
             assert row == sorted(exact.values())[:k]
             assert row == [exact[i] for i in ids] and len(set(ids)) == len(ids)
 

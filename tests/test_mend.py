@@ -86,9 +86,7 @@ def test_what_padding_feels_is_nothing(mllm, few):
         output.requires_grad_().register_hook(nan)
 
     language_model = mllm.model.language_model
-    hooks = [
-        language_model.get_submodule(n).register_forward_hook(poison) for n in matrices(language_model, 1)
-    ]
+    hooks = [language_model.get_submodule(n).register_forward_hook(poison) for n in matrices(language_model, 1)]
     try:
         found = dense(editor, edits)
     finally:
@@ -145,9 +143,7 @@ def test_mscke_mend_answers_in_scope_with_mend(mllm, few, clip_name, encoder):
     own = torch.arange(4)
     inside = MSCKE(mllm, editor, classifier, "MSCKE-MEND", threshold=0.0).edit(few)
     assert inside.answer(queries, own) == editor.edit(few).answer(queries, own)
-    both = zip(
-        inside.force(queries, answers, own), editor.edit(few).force(queries, answers, own), strict=True
-    )
+    both = zip(inside.force(queries, answers, own), editor.edit(few).force(queries, answers, own), strict=True)
     assert all((a.top == b.top).all() for a, b in both)
     outside = MSCKE(mllm, editor, classifier, "MSCKE-MEND", threshold=1.01).edit(few)
     assert outside.answer(queries, own) == mllm.answer(queries)

@@ -111,11 +111,7 @@ def test_other_eyes_share_nothing(mllm_folders, tmp_path):
     mllm = MLLM.from_pretrained(mllm_folders["opt"], "BLIP-2", cache=tmp_path)
     names = {mllm.eyes()}
     model = mllm.model
-    for parameter in (
-        next(model.vision_model.parameters()),
-        next(model.qformer.parameters()),
-        model.query_tokens,
-    ):
+    for parameter in (next(model.vision_model.parameters()), next(model.qformer.parameters()), model.query_tokens):
         with torch.no_grad():
             parameter.add_(1e-3)
         names.add(mllm.eyes())
@@ -194,9 +190,7 @@ def test_teacher_forcing_is_the_arg_max_at_each_step(mllm, queries, gold):
 
 
 def test_prompts_of_blip2(blip2):
-    with_image, text = blip2.prompts(
-        [Query("Who?", "/a.png"), Query("Who?")], ["", "New Fact: a b\nPrompt: "]
-    )
+    with_image, text = blip2.prompts([Query("Who?", "/a.png"), Query("Who?")], ["", "New Fact: a b\nPrompt: "])
     template = "Question: Who? Short answer:"
     assert blip2.tokenizer.decode(with_image) == "<image>" * 9 + "</s>" + template
     assert blip2.tokenizer.decode(text) == "</s>New Fact: a b\nPrompt: " + template
@@ -274,9 +268,7 @@ def test_teacher_forcing_knows_what_greedy_decoding_says(folder, records):
     said = model.answer(asked)
     assert len(set(said)) > 4 and all(f.is_greedy() for f in model.force(asked, said))
     assert not any(f.is_greedy() for f in model.force(asked, [f"{answer} and an owl" for answer in said]))
-    assert not any(
-        f.is_greedy() for f in model.force(asked, ["seven sleepy owls and one more owl"] * len(asked))
-    )
+    assert not any(f.is_greedy() for f in model.force(asked, ["seven sleepy owls and one more owl"] * len(asked)))
 
 
 def test_answers_may_be_as_long_as_the_records_have_them(mllm_folders):

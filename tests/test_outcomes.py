@@ -16,14 +16,7 @@ from mscke.config import get_track
 from mscke.editors.mscke import MSCKE
 from mscke.evaluation import run
 from mscke.evaluation.metrics import METRICS, ROLES
-from mscke.evaluation.outcomes import (
-    COLUMNS,
-    answered,
-    outcomes,
-    own_scores,
-    vision_probes,
-    with_images,
-)
+from mscke.evaluation.outcomes import COLUMNS, answered, outcomes, own_scores, vision_probes, with_images
 from mscke.evaluation.protocol import evaluate
 from mscke.evaluation.scope import scope_scores
 from mscke.models.counterfactual import CounterfactualModel
@@ -153,12 +146,8 @@ def test_vision_probes(records, tmp_path):
     assert all(o != r.edit.image for o, r in zip(others, records, strict=True))
 
 
-@pytest.mark.parametrize(
-    "fusion, sees", [("text", False), ("dot_pooled", False), ("dot", True), ("cross", True)]
-)
-def test_the_released_form_is_blind_to_a_probe_of_both_sides(
-    clip_name, encoder, records, tmp_path, fusion, sees
-):
+@pytest.mark.parametrize("fusion, sees", [("text", False), ("dot_pooled", False), ("dot", True), ("cross", True)])
+def test_the_released_form_is_blind_to_a_probe_of_both_sides(clip_name, encoder, records, tmp_path, fusion, sees):
     torch.manual_seed(12)
     classifier = ScopeClassifier(clip_name, fusion=fusion, width=16, encoder=encoder).eval()
     plain = own_scores(classifier, records)[:, :4]  # not the text-only query, which has no image to cancel

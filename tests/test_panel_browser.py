@@ -89,9 +89,7 @@ def _address(server, folder):
     """Where the server listens, once it says so."""
     told = folder / "runtime" / f"jpserver-{server.pid}.json"
     ready = lambda: told.exists() or server.poll() is not None  # noqa: E731
-    Retrying(
-        retry=retry_if_result(lambda done: not done), wait=wait_fixed(0.1), stop=stop_after_delay(PATIENCE)
-    )(ready)
+    Retrying(retry=retry_if_result(lambda done: not done), wait=wait_fixed(0.1), stop=stop_after_delay(PATIENCE))(ready)
     assert server.poll() is None, (folder / "log").read_text()
     return json.loads(told.read_text())["url"]
 
@@ -127,13 +125,9 @@ def test_a_reader_moves_the_panel_and_resets_it(api, page, scored):
     def shows(**state):
         """Every number of both tables is what the pure function gives."""
         reading = read(scored, **state)
-        for row, found in zip(
-            tables.nth(0).locator("tbody tr").all(), reading.metrics.itertuples(), strict=True
-        ):
+        for row, found in zip(tables.nth(0).locator("tbody tr").all(), reading.metrics.itertuples(), strict=True):
             expect(row.locator("td")).to_have_text([f"{v:.2f}" for v in found[2:5]] + [str(found.n)])
-        for row, counts in zip(
-            tables.nth(1).locator("tbody tr").all(), reading.confusion.to_numpy(), strict=True
-        ):
+        for row, counts in zip(tables.nth(1).locator("tbody tr").all(), reading.confusion.to_numpy(), strict=True):
             expect(row.locator("td")).to_have_text([str(n) for n in counts])
 
     expect(tables).to_have_count(2)
@@ -142,9 +136,7 @@ def test_a_reader_moves_the_panel_and_resets_it(api, page, scored):
     for table in tables.all():  # a header stands over its column
         assert table.locator("thead tr").count() == 1
         for head, cell in zip(
-            table.locator("thead th").all(),
-            table.locator("tbody tr").first.locator("th, td").all(),
-            strict=True,
+            table.locator("thead th").all(), table.locator("tbody tr").first.locator("th, td").all(), strict=True
         ):
             (over, under) = (part.bounding_box() for part in (head, cell))
             assert over["x"] == pytest.approx(under["x"]) and over["width"] == pytest.approx(under["width"])

@@ -18,10 +18,11 @@ from test_fetch import IMAGES, JSON, NAMES, ROWS, SIZES, a_store, jpeg, put, tre
 from test_sample import a_row
 from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, LlamaConfig, OPTConfig, T5Config
 
-from mscke.benchmark import fetch, hub
 from mscke.config import ROOT, TRACKS
+from mscke.fetching import hub, machine
+from mscke.fetching import store as fetch
 from mscke.models.compose import combine_configs, memory_needed
-from mscke.report import machine, paper_check
+from mscke.report import paper_check
 
 BLIP2, EYES, VICUNA = "Salesforce/blip2-opt-2.7b", "Salesforce/blip2-flan-t5-xxl", "Vision-CAIR/vicuna-7b"
 THINGS = 2 + len(hub.MODELS) + 4  # data; models; the projection, two packages, one disk; a GPU is one more
@@ -61,9 +62,7 @@ def card(monkeypatch, memory: float, capability: tuple[int, int] = (8, 0)) -> No
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "compute_120"])
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _: type("Card", (), {"total_memory": memory})
-    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Card", (), {"total_memory": memory}))
 
 
 def no_card(monkeypatch, cuda: str | None = "13.0", driver: str | None = None) -> None:
@@ -176,9 +175,7 @@ def test_records_that_are_left_out_are_counted(run, own):
     put(own / "data", {fetch.FILES["train"]: json.dumps(rows).encode()})
     status, said = run()
     assert status == 0 and "train: 1 records with a bad field are left out" in said
-    assert (
-        'record 3, field "rephrase"' in said and "here     COCO" in said and "4, 0 of them in place" in said
-    )
+    assert 'record 3, field "rephrase"' in said and "here     COCO" in said and "4, 0 of them in place" in said
 
 
 def test_a_wrong_folder_is_said(run, monkeypatch, capsys):
@@ -211,14 +208,7 @@ def test_what_makes_its_own_models_needs_nothing(run, name, monkeypatch):
 @pytest.mark.parametrize("preset", ["", "blip2"])
 def test_make_asks_of_the_preset(preset):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    command = [
-        "make",
-        "-n",
-        "PYTHON=python",
-        *([f"PRESET={preset}"] if preset else []),
-        "paper-check",
-        "paper-data",
-    ]
+    command = ["make", "-n", "PYTHON=python", *([f"PRESET={preset}"] if preset else []), "paper-check", "paper-data"]
     said = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True).stdout
     track = f"paper-{preset}" if preset else "paper"
     for module in ("report.paper_check", "benchmark.fetch", "models.prepare"):
@@ -231,11 +221,7 @@ def test_make_asks_of_the_preset(preset):
 def test_a_tokenizer_that_comes_as_json_wants_no_package(run, own, monkeypatch):
     installed(monkeypatch, sentencepiece="0.2.1")
     status, said = run()
-    assert (
-        status == 1
-        and "MISSING  protobuf>=5, for Vicuna's tokenizer" in said
-        and "here     sentencepiece" in said
-    )
+    assert status == 1 and "MISSING  protobuf>=5, for Vicuna's tokenizer" in said and "here     sentencepiece" in said
     assert "protobuf>=5 is not installed: pip install -e '.[paper]'" in said
     put(own / f"models/{VICUNA}", {"tokenizer.json": b"{}"})
     status, said = run()
@@ -258,11 +244,7 @@ def test_eight_bits_want_a_bitsandbytes_that_transformers_takes(run, monkeypatch
 def test_the_extra_asks_for_what_the_check_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extra = project["optional-dependencies"]["paper"]
-    assert [line.partition(",")[0] for line in extra] == [
-        "bitsandbytes>=0.46.1",
-        "protobuf>=5",
-        "sentencepiece>=0.2",
-    ]
+    assert [line.partition(",")[0] for line in extra] == ["bitsandbytes>=0.46.1", "protobuf>=5", "sentencepiece>=0.2"]
 
 
 def test_a_full_disk_is_said_of_the_disk_that_is_full(run, monkeypatch):
@@ -271,9 +253,7 @@ def test_a_full_disk_is_said_of_the_disk_that_is_full(run, monkeypatch):
     status, said = run(data=None, models=None)
     assert status == 1 and "MISSING  disk for models as published and disk for images" in said
     assert "50.0 GB free; still to come, at most: 41.1 GB of models as published" in said
-    assert (
-        "Set HF_HOME to a folder on a disk with room" in said and "make outputs/ a link to a folder" in said
-    )
+    assert "Set HF_HOME to a folder on a disk with room" in said and "make outputs/ a link to a folder" in said
     monkeypatch.setattr(paper_check, "by_disk", lambda rooms: [[room] for room in rooms])
     said = run(data=None, models=None)[1]
     assert "here     disk for models as published\n" in said and "here     disk for images" in said
@@ -313,10 +293,7 @@ def test_why_there_is_no_gpu(run, monkeypatch, cuda, driver, parts):
 def test_a_gpu_that_will_not_do(run, monkeypatch):
     card(monkeypatch, 24e9)
     status, said = run()
-    assert (
-        status == 1
-        and "a card, 24.0 GB; by our count 48.0 GB are wanted for BLIP-2 OPT and MiniGPT-4" in said
-    )
+    assert status == 1 and "a card, 24.0 GB; by our count 48.0 GB are wanted for BLIP-2 OPT and MiniGPT-4" in said
     assert "PRESET=blip2 wants 24.0 GB" in said and "MSCKE_8BIT=1" in said
     card(monkeypatch, 16e9)
     status, said = run("--track", "paper-blip2")

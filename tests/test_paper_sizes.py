@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from mscke.evaluation import paper_sizes as module
-from mscke.evaluation.cost import flops
-from mscke.evaluation.paper_sizes import OPT_2_7B, paper_seconds, paper_sizes
+from mscke.cost import paper_sizes as module
+from mscke.cost.components import flops
+from mscke.cost.paper_sizes import OPT_2_7B, paper_seconds, paper_sizes
 
 
 def test_counts_are_two_flops_a_weight_and_token():
@@ -24,10 +24,7 @@ def test_counts_are_two_flops_a_weight_and_token():
 
 def test_more_pixels_cost_the_base_model_alone():
     small, large = paper_sizes(side=224), paper_sizes(side=364)
-    assert (
-        large.gflops["base model"] > 2 * small.gflops["base model"]
-        and large.gflops["dot"] == small.gflops["dot"]
-    )
+    assert large.gflops["base model"] > 2 * small.gflops["base model"] and large.gflops["dot"] == small.gflops["dot"]
 
 
 def test_what_is_timed_at_two_depths_is_what_is_counted(monkeypatch):
@@ -43,9 +40,7 @@ def test_what_is_timed_at_two_depths_is_what_is_counted(monkeypatch):
 
 def test_seconds_are_extended_by_the_layers_left_out(monkeypatch):
     monkeypatch.setattr(module, "_stacks", lambda tokens, side: [("part", "stack", 10, lambda depth: depth)])
-    monkeypatch.setattr(
-        module, "in_turns", lambda runs, repeats: {2: np.array([1.0, 2.0]), 4: np.array([2.0, 2.0])}
-    )
+    monkeypatch.setattr(module, "in_turns", lambda runs, repeats: {2: np.array([1.0, 2.0]), 4: np.array([2.0, 2.0])})
     (row,) = paper_seconds().to_dict("records")
     assert (row["seconds"], row["lo"], row["hi"]) == (3.5, 2.0, 5.0)  # 1 + 8 · 0.5 and 2 + 8 · 0
 

@@ -11,8 +11,6 @@ import sys
 import pytest
 import torch
 
-from mscke.benchmark import hub, load_benchmark, loaded_once
-from mscke.benchmark.lock import FetchError
 from mscke.benchmark.sample import RecordError
 from mscke.classifier import FUSIONS, ScopeClassifier
 from mscke.config import ROOT, TRACKS, get_track
@@ -20,6 +18,9 @@ from mscke.editors.finetune import FineTune
 from mscke.editors.grid import load_clip
 from mscke.editors.mend import MEND, MendNetworks
 from mscke.evaluation.protocol import evaluate
+from mscke.fetching import hub
+from mscke.fetching.lock import FetchError
+from mscke.fetching.track import load_benchmark, loaded_once
 from mscke.models import prepare, sources, tiny
 from mscke.models.counterfactual import LastLayers
 from mscke.models.decoding import teacher_force
@@ -113,9 +114,7 @@ def test_memory_is_said_before_anything_is_loaded(track, bench, tmp_path, monkey
 def test_the_paper_track_computes_on_a_gpu_or_where_the_user_says(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     track, tiny_track = (dataclasses.replace(TRACKS["paper"], device=d) for d in ("cuda", "auto"))
-    with pytest.raises(
-        RuntimeError, match=r"wants a GPU, and PyTorch sees none: make paper-check .*MSCKE_CPU=1"
-    ):
+    with pytest.raises(RuntimeError, match=r"wants a GPU, and PyTorch sees none: make paper-check .*MSCKE_CPU=1"):
         sources.device_of(track)
     assert sources.device_of(dataclasses.replace(track, device="cpu")) == torch.device("cpu")
     assert sources.device_of(tiny_track) == torch.device("cpu")
@@ -131,11 +130,7 @@ def test_the_environment_says_where_the_paper_track_computes(said):
     names = ("paper", "paper-blip2", "paper-tiny", "paper-dry", "mini")
     code = f"from mscke.config import TRACKS; print(*(TRACKS[n].device for n in {names}))"
     told = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"MSCKE_CPU": said},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", code], env=os.environ | {"MSCKE_CPU": said}, cwd=ROOT, capture_output=True, text=True
     ).stdout.split()
     assert told == (["cpu"] * 5 if said == "1" else ["cuda", "cuda", "auto", "auto", "cpu"])
 
@@ -143,12 +138,7 @@ def test_the_environment_says_where_the_paper_track_computes(said):
 def test_make_paper_asks_for_the_gpu_before_it_fetches(monkeypatch, capsys):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     said = subprocess.run(
-        ["make", "-n", "-B", "paper", "PYTHON=python"],
-        cwd=ROOT,
-        env=clean,
-        capture_output=True,
-        text=True,
-        check=True,
+        ["make", "-n", "-B", "paper", "PYTHON=python"], cwd=ROOT, env=clean, capture_output=True, text=True, check=True
     ).stdout
     steps = [
         "models.prepare --track paper --device",
@@ -161,10 +151,7 @@ def test_make_paper_asks_for_the_gpu_before_it_fetches(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(TRACKS, "paper", dataclasses.replace(TRACKS["paper"], device="cuda"))
     assert prepare.main(["--device"]) == 1 and "MSCKE_CPU=1" in capsys.readouterr().err
-    assert (
-        prepare.main(["--device", "--track", "mini"]) == 0
-        and "mini computes on cpu" in capsys.readouterr().out
-    )
+    assert prepare.main(["--device", "--track", "mini"]) == 0 and "mini computes on cpu" in capsys.readouterr().out
 
 
 def test_minigpt4_is_composed_with_the_data(track, bench, spoilt, monkeypatch, capsys):
@@ -194,9 +181,7 @@ def test_what_is_left_out_of_the_files_is_noted(track, bench, spoilt):
     spoilt.lock.unlink()
     found = load_benchmark(spoilt)
     assert len(found.train) + len(found.validation) == 7 and len(found.test) == 4
-    assert bench.notes == tuple(
-        f"{split}: 1 records without an answer are left out" for split in ("train", "test")
-    )
+    assert bench.notes == tuple(f"{split}: 1 records without an answer are left out" for split in ("train", "test"))
     assert "train: 1 records with a bad field are left out (counted from 0):" in found.notes
     assert any(note.startswith('train:   record 5, field "rephrase"') for note in found.notes)
 
@@ -217,9 +202,7 @@ def test_the_counterfactual_is_the_papers(track, base, bench):
             "projection.weight", "projection.bias",
         }  # fmt: skip
     else:
-        weights = torch.load(
-            track.sources["models"] / "facebook/opt-125m/pytorch_model.bin", weights_only=True
-        )
+        weights = torch.load(track.sources["models"] / "facebook/opt-125m/pytorch_model.bin", weights_only=True)
         for name, tensor in model.language_model.state_dict().items():
             assert torch.equal(tensor[: len(weights[name])], weights[name]), name
     model.loss(*(part[:2] for part in examples(bench.train))).backward()
@@ -335,9 +318,7 @@ def test_what_is_spoilt_is_named_and_nothing_is_lost(track, bench, spoilt, case)
 def test_an_image_that_is_nowhere_is_named(track, bench, spoilt):
     (spoilt.outputs / "data/train2014/COCO_train2014_000000000005.jpg").unlink()
     (spoilt.sources["data"] / "train2014/COCO_train2014_000000000005.jpg").unlink()
-    with pytest.raises(
-        FetchError, match=r"1 images are not there, train2014/COCO_train2014_000000000005.jpg"
-    ):
+    with pytest.raises(FetchError, match=r"1 images are not there, train2014/COCO_train2014_000000000005.jpg"):
         load_benchmark(spoilt)
 
 

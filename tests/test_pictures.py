@@ -182,10 +182,7 @@ def test_a_file_that_is_close_is_named(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "sub" / "x.jpg")
     name = unicodedata.normalize("NFD", "é.png")
     Image.new("RGB", (4, 4)).save(tmp_path / name)
-    meant = {
-        "sub\\x.jpg": "backslashes, and .*sub/x.jpg is there; write slashes",
-        "Sub/X.JPG": "sub/x.jpg is there",
-    }
+    meant = {"sub\\x.jpg": "backslashes, and .*sub/x.jpg is there; write slashes", "Sub/X.JPG": "sub/x.jpg is there"}
     meant |= {unicodedata.normalize("NFC", name): "is there", "none\\x.jpg": "backslashes; write slashes"}
     for path, message in meant.items():
         with pytest.raises(PictureError, match=message):
@@ -202,9 +199,7 @@ def test_the_loader_says_which_record_and_field(tmp_path):
     texts = "src alt rephrase fg_gen_q fg_gen_a fg_loc_q fg_loc_a loc loc_ans".split()
     row = dict.fromkeys(texts, "text") | {"image": "sub\\x.jpg"}
     (tmp_path / "rows.json").write_text(json.dumps([row]))
-    with pytest.raises(
-        RecordError, match=r'record 0, field "image": no file .*backslashes, and .*sub/x\.jpg is there'
-    ):
+    with pytest.raises(RecordError, match=r'record 0, field "image": no file .*backslashes, and .*sub/x\.jpg is there'):
         load_records(tmp_path / "rows.json", tmp_path)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mscke.config import ASSETS
-from mscke.models.pretrain import clip
+from mscke.pretraining import clip
 
 
 def test_the_next_word_loss_is_the_mean_surprise_at_words_that_follow():

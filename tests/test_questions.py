@@ -12,18 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mscke.benchmark.facts import kind_facts
-from mscke.benchmark.questions import (
-    ATTRIBUTES,
-    IDENTITY,
-    Question,
-    Reference,
-    Unanswerable,
-    in_scope,
-    references,
-    sample_question,
-    vocabulary,
-)
+from mscke.benchmark.questions import ATTRIBUTES, IDENTITY, Question, Reference, Unanswerable, in_scope, references
 from mscke.benchmark.scenes import HELD_OUT, KINDS, KNOWN, Entity, Scene, sample_scene
+from mscke.pretraining.questions import sample_question, vocabulary
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -38,9 +38,7 @@ def test_the_map_rises_and_stays_a_probability(fitted_on, asked):
     rho, truth = map(np.array, zip(*fitted_on, strict=True))
     mapped = isotonic_map(rho, truth)(np.sort(asked))
     assert (np.diff(mapped) >= 0).all() and (mapped >= 0).all() and (mapped <= 1).all()
-    assert isotonic_map(rho, truth)(rho).mean() == pytest.approx(truth.mean()), (
-        "right on average where fitted"
-    )
+    assert isotonic_map(rho, truth)(rho).mean() == pytest.approx(truth.mean()), "right on average where fitted"
 
 
 def test_equal_scores_share_their_mean():

@@ -95,16 +95,12 @@ def drop(rows):
 
 def spoil(value):
     def change(rows):
-        return rows.assign(
-            value=rows["value"].mask((rows["record"] == 17) & (rows["metric"] == "m_in"), value)
-        )
+        return rows.assign(value=rows["value"].mask((rows["record"] == 17) & (rows["metric"] == "m_in"), value))
 
     return change
 
 
-@pytest.mark.parametrize(
-    "damage", [drop, spoil(np.nan), spoil(97.0), lambda rows: pd.concat([rows, rows[170:180]])]
-)
+@pytest.mark.parametrize("damage", [drop, spoil(np.nan), spoil(97.0), lambda rows: pd.concat([rows, rows[170:180]])])
 def test_a_value_that_is_missing_double_or_no_share_names_its_record(rows, damage):
     with pytest.raises(ValueError, match=r"BLIP-2-mini, MSCKE, generated: .*record 17"):
         tables.summarise(damage(rows))
@@ -212,9 +208,7 @@ def test_the_index_shows_all_that_was_registered(tmp_path, summary):
     caption = "Main results, ρ ≥ 0.5 [both\n backbones]."
     figure = figures.plot_main_results(summary)
     figures.save_figure(figure, "main", tmp_path, caption, "03_main_results")
-    tables.write_table(
-        summary, "main", tmp_path, tables.wide(summary), "As a table.", "03_main_results.ipynb"
-    )
+    tables.write_table(summary, "main", tmp_path, tables.wide(summary), "As a table.", "03_main_results.ipynb")
     tables.write_table(summary[:1], "unlisted", tmp_path)
     figures.save_figure(pictures.plot_scene(IMAGES[0]), "gone", tmp_path, "Gone.", "01_data")
     text = registry.write_index(tmp_path).read_text(encoding="utf-8")
@@ -372,11 +366,7 @@ def test_verify_names_the_tables_that_are_not_as_committed(repository, capsys):
     git(repository, "add", "-A")
     git(repository, "commit", "-qm", "more tables")
     assert verify.other_tables(repository).startswith("2 of 2 tables") and verify.verify(repository) == 0
-    for name in (
-        "transfer",
-        "cost",
-        "new",
-    ):  # timings differ, and what was never committed is no table of ours
+    for name in ("transfer", "cost", "new"):  # timings differ, and what was never committed is no table of ours
         (folder / f"{name}.csv").write_text("ms\n2\n")
     told = verify.other_tables(repository).splitlines()
     assert told[0].startswith("1 of 2 tables without timings are byte for byte as committed")
@@ -394,16 +384,10 @@ OLD = pd.DataFrame({"method": ["a", "b", "c"], "value": [1.0, 2.0, np.nan], "n":
             OLD.assign(value=[1.0, 2.5, np.nan], n=[5, 6, 7]),
             "row 1 (b), value: 2 committed, 2.5 regenerated, 0.5 apart",
         ),
-        (
-            OLD.assign(value=[1.1, 2.0, np.nan], n=[5, 6, 9]),
-            "row 2 (c), n: 7 committed, 9 regenerated, 2 apart",
-        ),
+        (OLD.assign(value=[1.1, 2.0, np.nan], n=[5, 6, 9]), "row 2 (c), n: 7 committed, 9 regenerated, 2 apart"),
         (OLD.assign(value=[1.0, 2.0, 3.0]), "row 2 (c), value: nan committed, 3 regenerated, inf apart"),
         (OLD.assign(method=["a", "x", "c"]), "row 1, method: b committed, x regenerated"),
-        (
-            OLD.iloc[:2],
-            "3 rows of ['method', 'value', 'n'] committed, 2 of ['method', 'value', 'n'] regenerated",
-        ),
+        (OLD.iloc[:2], "3 rows of ['method', 'value', 'n'] committed, 2 of ['method', 'value', 'n'] regenerated"),
         (OLD.rename(columns={"n": "edits"}), "regenerated"),
         (OLD.assign(value=["1.00", "2.0", None]), "the same numbers, written otherwise"),
     ],

@@ -52,10 +52,7 @@ def test_the_later_edit_answers_and_undo_brings_the_earlier_back_bit_for_bit(mem
     (later,) = memory.add([Edit(str(copy), " what IS  it ", "a dog")], z[2:3])
     assert memory.ids.tolist() == [1, later] and memory.log()[-1].replaced == (0,)
     assert memory.nearest(z[:1])[1].item() != 0  # though nothing is nearer
-    assert memory.add([Edit(one, "What colour is it?", "red"), Edit(two, "Where is it?", "left")], z[3:]) == [
-        3,
-        4,
-    ]
+    assert memory.add([Edit(one, "What colour is it?", "red"), Edit(two, "Where is it?", "left")], z[3:]) == [3, 4]
     assert memory.log()[-1].replaced == ()
     memory.undo()
     memory.undo()
@@ -143,9 +140,7 @@ def test_within_is_a_share_of_the_way_to_the_edge_of_scope(clip_name, encoder, f
     if fusion in BLIND:
         assert classifier.within == 0
     else:
-        assert classifier.score(torch.tensor([classifier.within / SAME])).item() == pytest.approx(
-            0.5, abs=1e-6
-        )
+        assert classifier.score(torch.tensor([classifier.within / SAME])).item() == pytest.approx(0.5, abs=1e-6)
 
 
 def test_among_one_edit_alone_a_replaced_one_still_answers(mllm, classifier, records):
@@ -211,9 +206,7 @@ def test_second_edits_are_of_every_kind_and_none_repeats_the_first(others):
         "reworded",
         "the same words, another picture",
     }
-    assert all(
-        edit.answer != r.edit.answer for kind, edit, r in seen if kind in ("the same words", "reworded")
-    )
+    assert all(edit.answer != r.edit.answer for kind, edit, r in seen if kind in ("the same words", "reworded"))
 
 
 def test_a_change_that_failed_leaves_no_trace(tmp_path, pictures):
@@ -274,8 +267,7 @@ def test_what_was_not_committed_is_forgotten(pictures):
 
 
 @pytest.mark.parametrize(
-    "other",
-    ["What\u200b is it", "\ufeffWhat is it?", "What is it\u200f?", "What is it\u061f", "What is it\u3002"],
+    "other", ["What\u200b is it", "\ufeffWhat is it?", "What is it\u200f?", "What is it\u061f", "What is it\u3002"]
 )
 def test_what_nobody_sees_is_no_other_prompt(other):
     assert wording(other) == wording("What is it?")

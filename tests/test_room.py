@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mscke.benchmark import Benchmark
 from mscke.benchmark.sample import Edit, Query, RecordError
 from mscke.classifier import ScopeClassifier
 from mscke.config import ASSETS, get_track
@@ -15,6 +14,7 @@ from mscke.editors import build
 from mscke.editors.mscke import MSCKE
 from mscke.editors.serac import MiniLMEncoder
 from mscke.evaluation.protocol import evaluate
+from mscke.fetching.track import Benchmark
 from mscke.models import sources
 from mscke.models.clip import ClipEncoder, side_texts
 from mscke.models.counterfactual import CounterfactualModel
@@ -154,9 +154,7 @@ def fresh(request, clip_name, tmp_path):
 def test_a_question_that_is_cut_is_told_of_once_and_counted(fresh):
     encoder, text = fresh
     limit = encoder.room.limit
-    with pytest.warns(
-        UserWarning, match=f"reads {limit} tokens of a text; 'a? ?owl.*' has {limit + 1}"
-    ) as told:
+    with pytest.warns(UserWarning, match=f"reads {limit} tokens of a text; 'a? ?owl.*' has {limit + 1}") as told:
         encoder([Query("Who?"), Query(text)])
     assert len(told) == 1 and encoder.room.cut == {text: limit + 1}
     with warnings.catch_warnings():
@@ -187,9 +185,7 @@ def test_courtesy_before_an_edit_does_not_make_it_leak(clip_name, mllm, records)
         editor.edit([*records[1:], polite])
     assert len(editor.edit(records).router.memory) == len(records)
     with pytest.warns(UserWarning, match="'please .* has "):
-        editor.edit(records).router.route(
-            [Query(f"{COURTESY} {records[0].in_scope.question}", polite.edit.image)]
-        )
+        editor.edit(records).router.route([Query(f"{COURTESY} {records[0].in_scope.question}", polite.edit.image)])
 
 
 def test_a_cut_is_told_of_where_features_are_on_disk_already(clip_name, tmp_path):

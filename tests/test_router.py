@@ -43,9 +43,7 @@ def test_the_best_edit_of_the_memory_answers(classifier, records, queries):
                 assert route.rho[i] < threshold
             else:
                 assert route.rho[i] >= threshold
-                assert rho[i, memory.ids.tolist().index(edit_id)].item() == pytest.approx(
-                    float(rho[i].max()), abs=1e-5
-                )
+                assert rho[i, memory.ids.tolist().index(edit_id)].item() == pytest.approx(float(rho[i].max()), abs=1e-5)
 
 
 def test_rho_at_the_threshold_is_in_scope(classifier, records, queries):

@@ -170,9 +170,7 @@ def test_what_is_neither_text_nor_path_is_named(make, named):
         make()
 
 
-@pytest.mark.parametrize(
-    "bad", [{"rephrase": " "}, {"loc": 3}, {"image": "../a.png"}, {"fg_loc_a": "\ud800"}]
-)
+@pytest.mark.parametrize("bad", [{"rephrase": " "}, {"loc": 3}, {"image": "../a.png"}, {"fg_loc_a": "\ud800"}])
 def test_records_with_a_bad_field_are_left_out_where_that_is_asked_for(load, bad):
     rows = [a_row(), a_row() | bad, a_row(alt=""), a_row(src="Another?")]
     loaded = load(rows, pass_over=True)
@@ -182,10 +180,7 @@ def test_records_with_a_bad_field_are_left_out_where_that_is_asked_for(load, bad
     assert number == 1 and f'field "{name}"' in str(why)
     notes = loaded.notes
     assert notes[0] == "1 records without an answer are left out"
-    assert (
-        notes[1].startswith("1 records with a bad field are left out")
-        and f'  record 1, field "{name}"' in notes[2]
-    )
+    assert notes[1].startswith("1 records with a bad field are left out") and f'  record 1, field "{name}"' in notes[2]
     assert load([a_row()]).notes == [] and load([a_row()], pass_over=True).left_out == {}
     complaint(load, rows, f'record 1, field "{name}"')  # where it is not
 
@@ -393,12 +388,7 @@ def test_link_may_stay_inside_the_root_but_not_lead_out(load, tmp_path):
     assert load([a_row("in.png")], image_root=inside).records[0].edit.image == str(inside / "x.png")
     for image in ("out.png", "folder/x.png"):
         complaint(
-            load,
-            [a_row(image)],
-            'record 0, field "image"',
-            "leaves the image root",
-            "or a link",
-            image_root=inside,
+            load, [a_row(image)], 'record 0, field "image"', "leaves the image root", "or a link", image_root=inside
         )
     complaint(load, [a_row("loop.png")], 'record 0, field "image"', "no file", image_root=inside)
 

@@ -151,9 +151,7 @@ def test_an_append_that_was_committed_and_then_failed_is_not_repeated(path, imag
 def test_an_interrupt_waits_for_the_change(path, image, monkeypatch):
     memory = EditMemory.open(path, "abc", DIM)
     add = memory._store._table.add
-    monkeypatch.setattr(
-        memory._store._table, "add", lambda rows: (signal.raise_signal(signal.SIGINT), add(rows))
-    )
+    monkeypatch.setattr(memory._store._table, "add", lambda rows: (signal.raise_signal(signal.SIGINT), add(rows)))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -215,7 +213,9 @@ def own_pictures(folder, version):
 
 def test_a_memory_that_was_hurt_says_what_is_left_and_gives_it_back(path, hurt, tmp_path):
     """All that stood before the damage and was added since; the removal since may have meant either of two."""
-    message = r"is damaged: .* Of 8 changes the first 5 are whole, and all 18 edits .* mscke\.storage\.salvage\.recover\("
+    message = (
+        r"is damaged: .* Of 8 changes the first 5 are whole, and all 18 edits .* mscke\.storage\.salvage\.recover\("
+    )
     with pytest.raises(ValueError, match=message):
         EditMemory.open(path)
     for i in range(BATCH):
@@ -282,10 +282,7 @@ def test_a_copy_that_lacks_files_is_named_and_nothing_begun_over_it(path, writte
 
 def files(folder):
     """Every file and folder below, with its content and when it was changed."""
-    return {
-        p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None)
-        for p in (folder, *folder.rglob("*"))
-    }
+    return {p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None) for p in (folder, *folder.rglob("*"))}
 
 
 def test_a_copy_without_its_transactions_is_whole(path, image, written):
@@ -591,14 +588,10 @@ def test_an_overwritten_picture_is_noticed_and_the_stored_one_shown(path, image,
         old(image, picture, seconds + 10 * (3 - i))
         memory.add([Edit(str(image), f"t{i}", "y")] * 2, torch.ones(2, DIM))
     memory.close()
-    message = (
-        rf"{path}: 1 files show other pictures .* the edits keep the stored ones: {image} \(edit [02]\)$"
-    )
+    message = rf"{path}: 1 files show other pictures .* the edits keep the stored ones: {image} \(edit [02]\)$"
     with pytest.warns(UserWarning, match=message):
         memory = EditMemory.open(path, read_only=read_only)
-    assert [Path(memory[i].image).read_bytes() for i in range(6)] == [b"first"] * 2 + [b"other"] * 2 + [
-        b"third"
-    ] * 2
+    assert [Path(memory[i].image).read_bytes() for i in range(6)] == [b"first"] * 2 + [b"other"] * 2 + [b"third"] * 2
     assert memory[4].image == str(image) and memory[0].image == memory[1].image != memory[2].image
     assert Path(memory[0].image).suffix == ".png"
 
@@ -910,11 +903,7 @@ def test_a_stored_picture_has_a_name_whatever_its_files_was(name, path, tmp_path
 def test_what_is_no_file_is_no_picture(kind, path, tmp_path):
     """And nothing waits for a pipe."""
     there = tmp_path / "there"
-    {
-        "folder": there.mkdir,
-        "pipe": lambda: os.mkfifo(there),
-        "link to itself": lambda: there.symlink_to(there),
-    }[kind]()
+    {"folder": there.mkdir, "pipe": lambda: os.mkfifo(there), "link to itself": lambda: there.symlink_to(there)}[kind]()
     memory = EditMemory.open(path, "abc", DIM)
     with pytest.raises(FileNotFoundError, match="there cannot be read; nothing was stored"):
         memory.add([Edit(str(there), "t", "y")], torch.zeros(1, DIM))

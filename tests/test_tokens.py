@@ -136,10 +136,7 @@ def test_other_text_is_read_as_ever_by_openais_tokenizer(records, tmp_path):
 @given(data=st.data())
 def test_clips_marks_are_where_clip_puts_them(clip, data):
     question, answer = (data.draw(a_text(clip.tokenizer)) for _ in range(2))
-    ids, known = (
-        clip.tokenizer([f"{question} {answer}".upper(), f"{question} {answer}"]),
-        control(clip.tokenizer),
-    )
+    ids, known = (clip.tokenizer([f"{question} {answer}".upper(), f"{question} {answer}"]), control(clip.tokenizer))
     openai = "<start_of_text>" in known
     begin, end, pad = (1, "<end_of_text>", 0) if openai else (0, "</s>", known["<pad>"])
     for row in ids.tolist():
@@ -174,9 +171,7 @@ def test_such_texts_have_features_of_their_own_batched_or_not(clip, minilm):
         together = encoder.texts.compute(texts)[0]
         alone = torch.cat([encoder.texts.compute([text])[0] for text in texts])
         torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
-        assert all(
-            (row - together[-1]).abs().max() > 1e-3 for row in together[:-1]
-        )  # nothing ended at the mark
+        assert all((row - together[-1]).abs().max() > 1e-3 for row in together[:-1])  # nothing ended at the mark
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +197,7 @@ def test_the_counterfactual_model_reads_such_edits(mllm, asked):
     queries, edits, answers = asked
     torch.manual_seed(0)
     model = CounterfactualModel.beside(mllm).eval()
-    assert model.answer(queries, edits) == [
-        model.answer([q], [e])[0] for q, e in zip(queries, edits, strict=True)
-    ]
+    assert model.answer(queries, edits) == [model.answer([q], [e])[0] for q, e in zip(queries, edits, strict=True)]
     assert model.loss(queries, edits, answers).isfinite()
     assert len(model.force(queries, edits, answers)) == len(queries)
 
@@ -212,8 +205,7 @@ def test_the_counterfactual_model_reads_such_edits(mllm, asked):
 def test_ikes_contexts_hold_no_control_token(mllm, asked, records, minilm):
     queries, _, answers = asked
     told = [
-        replace(records[0], edit=e, in_scope=q, in_scope_answer=a)
-        for q, e, a in zip(*asked[:2], answers, strict=True)
+        replace(records[0], edit=e, in_scope=q, in_scope_answer=a) for q, e, a in zip(*asked[:2], answers, strict=True)
     ]
     edited = IKE(mllm, told, minilm, 2).edit(told)
     among, marks = torch.arange(len(told)), set(control(mllm.tokenizer).values())

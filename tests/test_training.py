@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from mscke import training
 from mscke.classifier import SIMILARITIES, ScopeClassifier
 from mscke.models.counterfactual import CounterfactualModel
-from mscke.training import (
+from mscke.training.scope import (
     AS_RELEASED,
     FINE_GRAINED,
     ROLES,
@@ -117,9 +117,7 @@ def test_one_seed_gives_the_same_bytes_and_another_does_not(make, fit, tmp_path)
 
 
 @pytest.mark.parametrize("at", [2, 5, 8])
-def test_interrupted_within_an_epoch_and_resumed_is_as_if_never_interrupted(
-    make, fit, tmp_path, monkeypatch, at
-):
+def test_interrupted_within_an_epoch_and_resumed_is_as_if_never_interrupted(make, fit, tmp_path, monkeypatch, at):
     whole = make()
     curve = fit(whole, tmp_path / "whole")
     interrupt(monkeypatch, training, "scope_loss", at)  # 3 batches and 1 evaluation an epoch
@@ -217,9 +215,7 @@ def test_the_counterfactual_model_learns_its_records(blip2, records, tmp_path):
 def test_validation_compares_as_the_metrics_do(blip2, records, tmp_path, monkeypatch):
     """What is no mistake there is none here."""
     model = CounterfactualModel.beside(blip2)
-    monkeypatch.setattr(
-        type(records[0]), "answers", property(lambda r: dict.fromkeys(ROLES, "The Mount “Fuji”."))
-    )
+    monkeypatch.setattr(type(records[0]), "answers", property(lambda r: dict.fromkeys(ROLES, "The Mount “Fuji”.")))
     monkeypatch.setattr(model, "answer", lambda queries, edits: ["mount fuji"] * len(queries))
     curve = train_counterfactual(model, records[:2], records[2:4], tmp_path, 1)
     assert curve.filter(like="right_").iloc[0].tolist() == [1.0, 1.0, 1.0]

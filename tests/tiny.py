@@ -14,7 +14,7 @@ from mscke.benchmark.load import load_records
 from mscke.classifier import ScopeClassifier
 from mscke.models.clip import ClipEncoder
 from mscke.models.mllm import MLLM
-from mscke.models.pretrain import bridge, clip, language, text
+from mscke.pretraining import bridge, clip, language, text
 
 torch.set_num_threads(1)  # tensors this small gain nothing from a second thread; waiting for it costs
 WIDTH = 32

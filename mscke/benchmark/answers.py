@@ -37,9 +37,7 @@ _CONTRACTED = {  # VQA's list by ending, without apostrophes
 CONTRACTIONS = {word + end for end, words in _CONTRACTED.items() for word in words.split()}
 MARKS = set(';/[]"{}()=+\\_-><@,?!') | set("−¿¡؟،؛۔。、।")  # VQA's, and other scripts'
 MARK_KINDS = {"Pd", "Ps", "Pe", "Pi", "Pf", "Pc"}  # every dash, bracket, quotation mark and connector
-UNSEEN = re.compile(
-    r"(?![\u200c\u200d])[\p{Cf}\p{Default_Ignorable_Code_Point}]"
-)  # but joiners: parts of words
+UNSEEN = re.compile(r"(?![\u200c\u200d])[\p{Cf}\p{Default_Ignorable_Code_Point}]")  # but joiners: parts of words
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 APOSTROPHES = str.maketrans(dict.fromkeys("‘’ʼ´`", "'"))
 

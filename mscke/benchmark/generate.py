@@ -10,18 +10,11 @@ kind that the base models never saw. The rest are counterfactual.
 
 from __future__ import annotations
 
-import json
-import os
-import warnings
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 from mscke.benchmark.facts import locality_facts
 from mscke.benchmark.questions import IDENTITY, OPPOSITE, Question, Reference, fact, in_scope, references
@@ -34,13 +27,11 @@ from mscke.benchmark.scenes import (
     Entity,
     Scene,
     neighbours,
-    render,
     sample_scene_of,
-)  # fmt: skip
-from mscke.workers import forks, in_processes
+)
+from mscke.benchmark.write import write_records
 
 SIZES = {"train": 8334, "test": 2778}
-AT_ONCE = 250  # records that a process makes before it takes the next ones
 CORRECTIONS = 0.25  # share of edits that name a held-out kind rightly
 SAME_CATEGORY = 0.4  # share of counterfactual edits that stay within the category
 EDIT_REFERENCES = {"colour": 0.4, "place": 0.3, "relation": 0.3}
@@ -54,9 +45,7 @@ def choice(rng: np.random.Generator, options):
     """One of ``options``: a sequence (uniform) or a dict of weights."""
     if isinstance(options, dict):
         weights = np.fromiter(options.values(), float)
-        return list(options)[
-            int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right"))
-        ]
+        return list(options)[int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right"))]
     return options[int(rng.integers(len(options)))]
 
 
@@ -219,42 +208,6 @@ def generate(root: Path, split: str, size: int, seed: int = 0) -> Path:
     when its length and last record are those of ``size`` and ``seed``.
     """
     return write_records(root / f"{split}_data.json", size, partial(record, split, seed=seed))
-
-
-def write_records(path: Path, size: int, make: Callable[[int], tuple[Scene, dict]]) -> Path:
-    """Write records 0 … ``size`` − 1 of ``make`` to ``path`` and their images beside it, as :func:`generate` does.
-
-    Processes share the work where they are forks: ``make`` must then be importable by name.
-    """
-    if path.exists():
-        last = json.loads(json.dumps(make(size - 1)[1]))
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-            if len(there) == size and there[-1] == last:
-                return path
-        except (ValueError, LookupError, TypeError) as error:
-            warnings.warn(f"{path} is damaged and is made anew ({error})", stacklevel=3)
-        path.unlink()  # its images are about to be replaced
-    parts = [(path.parent, make, range(i, min(i + AT_ONCE, size))) for i in range(0, size, AT_ONCE)]
-    desc = f"{path.stem.removesuffix('_data')} scenes"
-    if len(parts) > 1 and forks():
-        rows = in_processes(_paint, parts, desc=desc)
-    else:
-        rows = [_paint(*part) for part in tqdm(parts, desc=desc, mininterval=2)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(list(chain.from_iterable(rows)), indent=1), encoding="utf-8")
-    os.replace(temporary, path)
-    return path
-
-
-def _paint(root: Path, make: Callable[[int], tuple[Scene, dict]], numbers: range) -> list[dict]:
-    """Make these records, and write their images."""
-    rows = []
-    for scene, row in map(make, numbers):
-        (root / row["image"]).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(render(scene)).save(root / row["image"], compress_level=1)
-        rows.append(row)
-    return rows
 
 
 def side(scene: Scene) -> str:

@@ -163,9 +163,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 def _record(number: int, row: object, root: str) -> EditRecord:
     """One object of the JSON, checked but for its image file; :class:`RecordError` names field and fix."""
     if not isinstance(row, dict):
-        raise RecordError(
-            f"all fields: found {reprlib.repr(row)}; make it an object with {', '.join(FIELDS)}"
-        )
+        raise RecordError(f"all fields: found {reprlib.repr(row)}; make it an object with {', '.join(FIELDS)}")
     if isinstance(row, _Twice):
         raise RecordError(f'field "{row.name}": given twice; leave one')
     if missing := [f'"{name}"' for name in FIELDS if name not in row]:

@@ -15,20 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from mscke.benchmark.facts import locality_facts
-from mscke.benchmark.generate import (
-    ATTRIBUTES,
-    EDIT_REFERENCES,
-    as_row,
-    ask,
-    choice,
-    new_kind,
-    side,
-    write_records,
-)
+from mscke.benchmark.generate import ATTRIBUTES, EDIT_REFERENCES, as_row, ask, choice, new_kind, side
 from mscke.benchmark.load import load_records
 from mscke.benchmark.questions import IDENTITY, Question, Reference, in_scope, references
 from mscke.benchmark.sample import EditRecord
 from mscke.benchmark.scenes import KINDS, KNOWN, RECORD_FOLD, Scene, fold, sample_scene, sprite
+from mscke.benchmark.write import write_records
 from mscke.config import Track
 
 SHARE = 4  # test records for each of these
@@ -54,9 +46,7 @@ def _mirrored(rng: np.random.Generator) -> tuple[Scene, Scene, int, int] | None:
     return (first, second, target.cell, other.cell) if distinct and ours else None
 
 
-def _row(
-    rng: np.random.Generator, scene: Scene, cell: int, other: int, edit: Reference, wording: int
-) -> dict | None:
+def _row(rng: np.random.Generator, scene: Scene, cell: int, other: int, edit: Reference, wording: int) -> dict | None:
     """One record of a pair without its image; None if a question that is drawn does not do."""
     target, twin, attribute = scene.at(cell), scene.at(other), choice(rng, ASKED)
     after = scene.with_kind(cell, new_kind(rng, scene, target, attribute))

@@ -68,9 +68,7 @@ def _opened(path: str | Path, use):
         raise PictureError("a picture's path is empty; give its file")
     if not os.path.isfile(path):
         if os.path.lexists(path):
-            raise PictureError(
-                f"{path} is no file, nor a link to one; give a picture's, or another image root"
-            )
+            raise PictureError(f"{path} is no file, nor a link to one; give a picture's, or another image root")
         raise PictureError(f"no file {path}{_close_to(Path(path))}; fetch it, or give another image root")
     if not os.access(path, os.R_OK):
         raise PictureError(f"{path} may not be read; change its permissions")

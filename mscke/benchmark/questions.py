@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from mscke.benchmark.scenes import CARDS, CATEGORIES, KINDS, PLACES, Entity, Scene, neighbours
+from mscke.benchmark.scenes import KINDS, Entity, Scene, neighbours
 
 
 class Unanswerable(ValueError):
@@ -73,7 +71,7 @@ WORDINGS = {
     "exists": ("Is there {a} {v} here?", "Does the picture show {a} {v}?"),
     "count": ("How many {v} are there?", "What is the number of {v}?"),
 }
-_PLURALS = {"fruit": "fruits", "clothing": "pieces of clothing"}
+PLURALS = {"fruit": "fruits", "clothing": "pieces of clothing"}
 
 
 def article(noun: str) -> str:
@@ -120,7 +118,7 @@ class Question:
             return form.format(np=self.reference.phrase(self.wording // len(forms)))
         noun = self.value
         if self.attribute == "count":
-            noun = _PLURALS.get(noun, noun + "s")
+            noun = PLURALS.get(noun, noun + "s")
         return form.format(v=noun, a=article(noun))
 
 
@@ -182,71 +180,3 @@ def in_scope(question: Question, before: Scene, after: Scene, cell: int) -> bool
         return question.answer(before) != new
     except Unanswerable:
         return None
-
-
-def sample_question(
-    rng: np.random.Generator,
-    scene: Scene,
-    mix: dict[str, float] | None = None,
-    kinds: tuple[str, ...] = (),
-    weights: dict[str, float] | None = None,
-) -> Question:
-    """A random answerable question: any entity, any reference (of ``kinds``), any attribute that makes sense.
-
-    ``mix`` weighs attributes, ``weights`` kinds of reference.
-    """
-    weights = weights or REFERENCE_WEIGHTS
-    mix = mix or PRETRAINING_MIX
-    attribute = tuple(mix)[_draw(rng, mix)]
-    wording = int(rng.integers(6))
-    if attribute == "exists":
-        if rng.random() < 0.5:
-            value = scene.entities[int(rng.integers(len(scene.entities)))].kind
-        else:
-            pool = [k.name for k in KINDS.values() if not k.held_out]
-            value = pool[int(rng.integers(len(pool)))]
-        return Question("exists", value=value, wording=wording)
-    if attribute == "count":
-        if rng.random() < 0.7:
-            value = KINDS[scene.entities[int(rng.integers(len(scene.entities)))].kind].category
-        else:
-            value = CATEGORIES[int(rng.integers(len(CATEGORIES)))]
-        return Question("count", value=value, wording=wording)
-    while True:
-        entity = scene.entities[int(rng.integers(len(scene.entities)))]
-        taken = {"name": ("name",), "category": ("category", "name"), "colour": ("colour",),
-                 "place": ("place",)}.get(attribute, ("name",))  # fmt: skip
-        found = [r for r in references(scene, entity, kinds) if r.kind not in taken]
-        present = {k: weights[k] for k in sorted({r.kind for r in found})}
-        if not present:
-            continue
-        kind = tuple(present)[_draw(rng, present)]
-        same = [r for r in found if r.kind == kind]
-        return Question(attribute, same[int(rng.integers(len(same)))], wording=wording)
-
-
-PRETRAINING_MIX = {
-    "name": 0.34, "category": 0.14, "flies": 0.05, "animal": 0.05, "food": 0.05,
-    "colour": 0.12, "place": 0.12, "exists": 0.07, "count": 0.06,
-}  # fmt: skip
-
-
-REFERENCE_WEIGHTS = {"colour": 1.0, "place": 1.0, "relation": 2.0, "category": 1.0, "name": 1.0}
-
-
-def _draw(rng: np.random.Generator, weights: dict[str, float]) -> int:
-    values = np.fromiter(weights.values(), float)
-    return int(np.searchsorted(np.cumsum(values), rng.random() * values.sum(), side="right"))
-
-
-def vocabulary() -> list[str]:
-    """Every word that scene questions and answers use, for the tokenizer."""
-    texts = [*KINDS, *CATEGORIES, *CARDS, *PLACES, "yes", "no", *map(str, range(5))]
-    for attribute, forms in WORDINGS.items():
-        texts += [f.format(np="the thing", a="an", v=attribute) for f in forms]
-    for kind, value in (("colour", "red"), ("place", "top left"), ("name", "owl")):
-        texts += [Reference(kind, value).phrase(i) for i in (0, 1)]
-    for direction in OPPOSITE:
-        texts += [Reference("relation", direction, "owl").phrase(i) for i in (0, 1)]
-    texts += [_PLURALS.get(c, c + "s") for c in CATEGORIES]
-    return texts

@@ -53,18 +53,14 @@ def _check(part: Query | Edit, *texts: str) -> None:
         if not isinstance(found := getattr(part, name), str):
             raise TypeError(f"{type(part).__name__}: {name} is {reprlib.repr(found)}; give text")
         if not found.isascii() and not is_text(found):
-            raise ValueError(
-                f"{type(part).__name__}: {name} is {found!a}, with half a character; write it anew"
-            )
+            raise ValueError(f"{type(part).__name__}: {name} is {found!a}, with half a character; write it anew")
     if (image := part.image) is None and isinstance(part, Query):
         return
     path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
     if not isinstance(path, str):
         raise TypeError(f"{type(part).__name__}: image is {reprlib.repr(image)}; give the path of a file")
     if "\0" in path or not is_text(path):
-        raise ValueError(
-            f"{type(part).__name__}: image is {path!a}, no file's name in UTF-8; rename the file"
-        )
+        raise ValueError(f"{type(part).__name__}: image is {path!a}, no file's name in UTF-8; rename the file")
     object.__setattr__(part, "image", path)
 
 

@@ -101,9 +101,7 @@ class Scene:
 
     def with_kind(self, cell: int, kind: str | None) -> Scene:
         """The scene after the entity in ``cell`` becomes a ``kind``: what an edit asserts."""
-        return replace(
-            self, entities=tuple(replace(e, kind=kind) if e.cell == cell else e for e in self.entities)
-        )
+        return replace(self, entities=tuple(replace(e, kind=kind) if e.cell == cell else e for e in self.entities))
 
 
 def neighbours(cell: int) -> dict[str, int]:
@@ -161,9 +159,7 @@ def _drawing(kind: str) -> np.ndarray:
     import resvg_py
     from PIL import Image
 
-    png = bytes(
-        resvg_py.svg_to_bytes(svg_path=_svg(KINDS[kind].emoji), width=72, height=72, skip_system_fonts=True)
-    )
+    png = bytes(resvg_py.svg_to_bytes(svg_path=_svg(KINDS[kind].emoji), width=72, height=72, skip_system_fonts=True))
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     image = image.crop(image.getbbox())
     side = max(image.size)

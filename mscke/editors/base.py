@@ -25,9 +25,7 @@ class EditedModel(Protocol):
     def answer(self, queries: Sequence[Query], among: Tensor | None = None) -> list[str]:
         """Greedy answers (B), normalised."""
 
-    def force(
-        self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None
-    ) -> list[Forced]:
+    def force(self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None) -> list[Forced]:
         """Teacher-forced predictions of the answers' tokens (B)."""
 
     def unedited(self) -> EditedModel:
@@ -42,9 +40,7 @@ class InScope(Protocol):
 
     def answer(self, queries: Sequence[Query], edits: Sequence[Edit]) -> list[str]: ...
 
-    def force(
-        self, queries: Sequence[Query], edits: Sequence[Edit], answers: Sequence[str]
-    ) -> list[Forced]: ...
+    def force(self, queries: Sequence[Query], edits: Sequence[Edit], answers: Sequence[str]) -> list[Forced]: ...
 
     def unedited(self) -> InScope:
         """The same without the edits, as :meth:`EditedModel.unedited`."""

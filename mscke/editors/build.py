@@ -13,8 +13,6 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
-from mscke.benchmark import Benchmark, load_benchmark
-from mscke.checkpoint import code_of, read_kept
 from mscke.classifier import ScopeClassifier
 from mscke.config import Track, get_track
 from mscke.editors.base import Editor
@@ -25,14 +23,16 @@ from mscke.editors.mend import MEND, MendNetworks
 from mscke.editors.mend_training import train_mend
 from mscke.editors.mscke import MSCKE
 from mscke.editors.serac import MiniLMEncoder
+from mscke.fetching.track import Benchmark, load_benchmark
 from mscke.models.clip import ClipEncoder
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
 from mscke.models.room import check_records
 from mscke.models.sources import load_mllm, make_counterfactual
-from mscke.training import digest, train_counterfactual, write_whole
-from mscke.workers import in_processes, one_thread, processes
+from mscke.system.files import code_of, read_kept, replacing
+from mscke.system.workers import in_processes, one_thread, processes
+from mscke.training.scope import digest, train_counterfactual
 
 SCOPED = {  # the methods with a scope classifier of their own
     "SERAC": Spec("text", encoder=SENTENCES, supervision="released"),
@@ -49,9 +49,7 @@ def load_base(track: Track, backbone: str) -> MLLM:
     Raises :class:`mscke.benchmark.sample.RecordError` for a record of the track that it has no room for.
     """
     base, bench = load_mllm(track, backbone, cache=track.features), load_benchmark(track)
-    base.make_room(
-        answer for r in (*bench.train, *bench.validation, *bench.test) for answer in r.answers.values()
-    )
+    base.make_room(answer for r in (*bench.train, *bench.validation, *bench.test) for answer in r.answers.values())
     check_records(base, [*bench.train, *bench.validation, *bench.test])
     return base
 
@@ -122,9 +120,7 @@ def train(track: Track) -> None:
     in_processes(train_one, jobs, track.workers, "trainings")
 
 
-def mend(
-    track: Track, bench: Benchmark, base: MLLM, seed: int | None = None
-) -> tuple[MendNetworks, pd.DataFrame]:
+def mend(track: Track, bench: Benchmark, base: MLLM, seed: int | None = None) -> tuple[MendNetworks, pd.DataFrame]:
     """MEND's editor networks for ``base``: (networks, curve)."""
     seed = track.seed if seed is None else seed
     torch.manual_seed(seed)
@@ -146,7 +142,8 @@ def _measured(
     with processes().main_process_first():
         if read_kept(path, pd.read_csv) is None:
             _, table = measure(held)
-            write_whole(path, lambda p: table.to_csv(p, index=False))
+            with replacing(path) as whole:
+                table.to_csv(whole, index=False)
     return pd.read_csv(path)
 
 
@@ -180,9 +177,7 @@ def fine_tune(track: Track, bench: Benchmark, base: MLLM) -> FineTune:
 def ike(track: Track, bench: Benchmark, base: MLLM) -> IKE:
     """IKE with the number of demonstrations that does best on validation."""
     choices = ike_choices(track, bench, base)
-    return IKE(
-        base, bench.train, MiniLMEncoder(track.features), int(choices.loc[choices["score"].idxmax(), "k"])
-    )
+    return IKE(base, bench.train, MiniLMEncoder(track.features), int(choices.loc[choices["score"].idxmax(), "k"]))
 
 
 def answerer(track: Track, bench: Benchmark, base: MLLM, name: str) -> CounterfactualModel | MEND:

@@ -9,7 +9,7 @@ import torch
 from mscke.benchmark.answers import normalise_answer
 from mscke.benchmark.sample import EditRecord
 from mscke.editors.base import EditedModel
-from mscke.training import IN_ROLES, ROLES
+from mscke.training.scope import IN_ROLES, ROLES
 
 
 def judged(model: EditedModel, records: Sequence[EditRecord]) -> dict[str, float]:

@@ -105,9 +105,7 @@ class DeltaModel:
     def answer(self, queries: Sequence[Query], among: Tensor | None = None) -> list[str]:
         return self._ask(generate, among, queries)
 
-    def force(
-        self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None
-    ) -> list[Forced]:
+    def force(self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None) -> list[Forced]:
         ids = [self.base.encoder.answer(a, eos=False) for a in answers]
         return self._ask(teacher_force, among, queries, ids)
 
@@ -118,14 +116,10 @@ class DeltaModel:
     def _ask(self, ask: Callable, among: Tensor | None, queries: Sequence[Query], *extra: list) -> list:
         """``ask`` the language model batch by batch; ValueError if it is unclear which edit is in force."""
         if among is None and self.n != 1:
-            raise ValueError(
-                f"{self.n} edits make {self.n} models: say with `among` which one each query is for"
-            )
+            raise ValueError(f"{self.n} edits make {self.n} models: say with `among` which one each query is for")
         among = torch.zeros(len(queries), dtype=torch.long) if among is None else among
         language_model, results = self.base.model.language_model, []
-        run = len(among) // max(
-            1, len(among.unique())
-        )  # queries of an edit: a batch ends with an edit's last
+        run = len(among) // max(1, len(among.unique()))  # queries of an edit: a batch ends with an edit's last
         size = self.batch_size // max(1, run) * run or self.batch_size  # or within it, if they are too many
         for part in self._parts(among, size):
             edits, rows = among[part].unique(return_inverse=True)

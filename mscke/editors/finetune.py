@@ -88,9 +88,7 @@ class FineTune:
         optimiser = torch.optim.Adam(weights.values(), self.lr)
         reading, *_ = self._read([record])
         for _ in range(self.steps):
-            rounded = {
-                n: w.to(self.language_model.dtype) for n, w in weights.items()
-            }  # as the model computes
+            rounded = {n: w.to(self.language_model.dtype) for n, w in weights.items()}  # as the model computes
             logits = functional_call(self.language_model, rounded, kwargs=reading.inputs).logits
             loss = reading.loss(logits).sum()
             if loss < self.tolerance:
@@ -164,10 +162,7 @@ class _Known(nn.Module):
 
 
 def choose_rate(
-    base: MLLM,
-    validation: Sequence[EditRecord],
-    choices: Sequence[tuple[float, int]],
-    at_once: int | None = None,
+    base: MLLM, validation: Sequence[EditRecord], choices: Sequence[tuple[float, int]], at_once: int | None = None
 ) -> tuple[dict, pd.DataFrame]:
     """The (rate, steps) of ``choices`` that does best on ``validation`` by :func:`mscke.editors.choose.judged`:
     ({"lr": …, "steps": …}, a row a choice)."""

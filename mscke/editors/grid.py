@@ -15,16 +15,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from mscke.benchmark import load_benchmark
 from mscke.benchmark.sample import EditRecord, Query
-from mscke.checkpoint import published
 from mscke.classifier import ScopeClassifier
 from mscke.config import Track
 from mscke.editors.serac import MiniLMEncoder
+from mscke.fetching.track import load_benchmark
 from mscke.models.clip import ClipEncoder, Features
 from mscke.models.sources import device_of, find
-from mscke.training import AS_RELEASED, FINE_GRAINED, encode_records, train_classifier
-from mscke.workers import in_processes
+from mscke.system.workers import in_processes
+from mscke.training.checkpoint import published
+from mscke.training.scope import AS_RELEASED, FINE_GRAINED, encode_records, train_classifier
 
 SENTENCES = "MiniLM"
 SUPERVISION = {  # what a classifier is shown: weights of the five roles, weight of other records' queries
@@ -67,9 +67,7 @@ def recipe(track: Track, spec: Spec) -> dict:
 
 def load_clip(track: Track, clip: str, cache: Path | None = None) -> ClipEncoder:
     """The frozen CLIP that the track calls ``clip``, fetched if it has to be."""
-    return ClipEncoder(
-        find(track, track.clips[clip]), cache=cache, device=device_of(track), half=track.half_features
-    )
+    return ClipEncoder(find(track, track.clips[clip]), cache=cache, device=device_of(track), half=track.half_features)
 
 
 class SentencePatchEncoder:
@@ -136,9 +134,7 @@ class Shared:
         return classifier.eval(), curve
 
 
-def train_grid(
-    track: Track, specs: Iterable[Spec], workers: int | None = None
-) -> dict[Spec, ScopeClassifier]:
+def train_grid(track: Track, specs: Iterable[Spec], workers: int | None = None) -> dict[Spec, ScopeClassifier]:
     """Train what is not trained yet, ``workers`` at a time (the track's, unless told); every classifier by its specification.
 
     The bytes written do not depend on ``workers``. Raises ValueError as :func:`train_classifier` does.
@@ -151,9 +147,7 @@ def train_grid(
         for records in (shared.bench.train, shared.bench.validation):
             encode_records(shared.fresh(spec), records)
     if missing:
-        in_processes(
-            _train, [(track, spec) for spec in by_encoder], workers or track.workers, "scope classifiers"
-        )
+        in_processes(_train, [(track, spec) for spec in by_encoder], workers or track.workers, "scope classifiers")
     return {spec: shared.trained(spec)[0] for spec in specs}
 
 

@@ -17,7 +17,7 @@ from mscke.config import get_track
 from mscke.editors.grid import Shared, Spec, recipe
 from mscke.models.attention import sum_patches
 from mscke.models.clip import Features
-from mscke.training import train_classifier
+from mscke.training.scope import train_classifier
 
 
 class Averaged(ScopeClassifier):
@@ -48,16 +48,12 @@ class SecondStep(ScopeClassifier):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         d_t, d_v = self.encoder.text_dim, self.encoder.patch_dim
-        self.step = nn.Sequential(
-            nn.LayerNorm(d_t + d_v), nn.Linear(d_t + d_v, d_v), nn.GELU(), nn.Linear(d_v, d_v)
-        )
+        self.step = nn.Sequential(nn.LayerNorm(d_t + d_v), nn.Linear(d_t + d_v, d_v), nn.GELU(), nn.Linear(d_v, d_v))
 
     def attend(self, f: Features) -> tuple[Tensor, Tensor]:
         found, _ = super().attend(f)
         query = self.step(torch.cat([f.text, found], -1))
-        weights = (
-            (f.tokens[f.image] @ query.unsqueeze(-1)).squeeze(-1).mul(query.shape[-1] ** -0.5).softmax(-1)
-        )
+        weights = (f.tokens[f.image] @ query.unsqueeze(-1)).squeeze(-1).mul(query.shape[-1] ** -0.5).softmax(-1)
         return found + sum_patches(weights, f.tokens, f.image), weights
 
 
@@ -76,6 +72,4 @@ def try_idea(track_name: str, name: str, seed: int = 0) -> pd.DataFrame:
     folder = track.outputs / "trained" / f"idea-{name.replace(' ', '-')}-{seed}"
     classifier = shared.fresh(spec, IDEAS[name])
     told = recipe(track, spec)
-    return train_classifier(
-        classifier, shared.bench.train, shared.bench.validation, folder, seed=seed, **told
-    )
+    return train_classifier(classifier, shared.bench.train, shared.bench.validation, folder, seed=seed, **told)

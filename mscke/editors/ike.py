@@ -25,7 +25,7 @@ from mscke.memory import EditMemory
 from mscke.models.decoding import Forced, by_length, generate, teacher_force
 from mscke.models.mllm import MLLM
 from mscke.models.prompts import IN_CONTEXT, TEMPLATE, TooLong
-from mscke.training import ROLES
+from mscke.training.scope import ROLES
 
 # What the nearest demonstration asks, the second nearest, …: IKE's 1 copy : 3 updates : 4 retained
 ROTATION = (
@@ -92,9 +92,7 @@ class InContextModel:
 
         return by_length(prompts, ask, self._size(prompts))
 
-    def force(
-        self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None
-    ) -> list[Forced]:
+    def force(self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None) -> list[Forced]:
         """Teacher-forced predictions of (B) gold answers."""
         prompts, base = self.prompts(queries, among), self.base
         asked = base.prompts(queries) if self.off else prompts
@@ -131,8 +129,7 @@ class IKE:
     def context(self, record: EditRecord, rows: Sequence[int]) -> str:
         """Demonstrations, the nearest last, and the edit as a new fact."""
         cases = [
-            demonstration(self.demonstrations[row], ROTATION[rank % len(ROTATION)])
-            for rank, row in enumerate(rows)
+            demonstration(self.demonstrations[row], ROTATION[rank % len(ROTATION)]) for rank, row in enumerate(rows)
         ]
         return "".join(reversed(cases)) + IN_CONTEXT.format(record.edit.prompt, record.edit.answer)
 

@@ -77,9 +77,7 @@ class MendNetworks(nn.Module, PyTorchModelHubMixin):
 
     def rates(self) -> dict[str, float]:
         """The updates' rates α by the matrix's name."""
-        return {
-            n: self.networks[shape].log_rate[mode].exp().item() for n, (shape, mode) in self.place.items()
-        }
+        return {n: self.networks[shape].log_rate[mode].exp().item() for n, (shape, mode) in self.place.items()}
 
     def measure(self, gradients: Deltas) -> None:
         """Normalise pairs by those of ``gradients`` from now on: the base model is frozen, so once is enough."""

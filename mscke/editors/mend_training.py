@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mscke.benchmark.answers import normalise_answer
 from mscke.benchmark.sample import EditRecord
-from mscke.checkpoint import code_of
 from mscke.editors.deltas import applied
 from mscke.editors.mend import MEND
 from mscke.editors.reading import Reading, read
-from mscke.fit import fit
 from mscke.models.features import fingerprint
-from mscke.training import IN_ROLES, ROLES, digest, held_loss, of_rows, tokens
+from mscke.system.files import code_of
+from mscke.training.fit import fit
+from mscke.training.scope import IN_ROLES, ROLES, digest, held_loss, of_rows, tokens
 
 VISUAL, TEXT = ("reliability", "in_scope", "out_of_scope"), ("locality",)  # a record's questions that train
 CHANGED = VISUAL[:2]  # of these, those whose answer the edit changes
@@ -66,7 +66,7 @@ def train_mend(
     rate_lr: float | None = None,
     **options,
 ) -> pd.DataFrame:
-    """Train MEND's networks in place; returns the curve, resumes as :func:`mscke.fit.fit` says.
+    """Train MEND's networks in place; returns the curve, resumes as :func:`mscke.training.fit.fit` says.
 
     ``rate_lr``: at which the logarithms of the updates' rates α are learned, ``lr`` unless told.
     """
@@ -89,10 +89,7 @@ def train_mend(
 
     frozen = fingerprint(mend.base.model)
     code = code_of(
-        *(
-            f"mscke.{m}"
-            for m in ("editors.mend", "editors.deltas", "editors.reading", "editors.mend_training", "fit")
-        )
+        *(f"mscke.{m}" for m in ("editors.mend", "editors.deltas", "editors.reading", "editors.mend_training", "fit"))
     )
     made_of = {"records": digest(train), "frozen": frozen, "c_edit": c_edit, "c_loc": c_loc, "code": code}
     run = (folder, epochs, lr, batch_size, seed, made_of, partial(held_loss, share, validation, batch_size))

@@ -27,9 +27,7 @@ class RoutedModel:
         route = self.router.route(queries, among)
         return self._dispatch(route, queries, lambda m, q, e: m.answer(q, *e))
 
-    def force(
-        self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None
-    ) -> list[Forced]:
+    def force(self, queries: Sequence[Query], answers: Sequence[str], among: Tensor | None = None) -> list[Forced]:
         route = self.router.route(queries, among)
         pairs = list(zip(queries, answers, strict=True))
         return self._dispatch(route, pairs, lambda m, p, e: m.force([q for q, _ in p], *e, [a for _, a in p]))

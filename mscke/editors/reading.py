@@ -56,9 +56,7 @@ def attended(mask: Tensor) -> Tensor:
     if mask.all():
         return mask
     here = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
-    return (here.tril() & mask[:, None, None].bool()) | torch.eye(
-        len(here), dtype=torch.bool, device=mask.device
-    )
+    return (here.tril() & mask[:, None, None].bool()) | torch.eye(len(here), dtype=torch.bool, device=mask.device)
 
 
 @torch.no_grad()
@@ -100,9 +98,7 @@ def gradient(language_model: nn.Module, names: Sequence[str], reading: Reading) 
     factors, rows = {}, len(losses)
     for (name, (u, _)), y in zip(seen.items(), left, strict=True):
         y, u = (f.reshape(rows, -1, f.shape[-1]) for f in (y, u))
-        real = reading.mask[
-            :, -y.shape[1] :, None
-        ].bool()  # padding is no part of the edit, whatever is there
+        real = reading.mask[:, -y.shape[1] :, None].bool()  # padding is no part of the edit, whatever is there
         y, u = (torch.where(real, f, 0) for f in (y, u))
         felt = y.any(-1).any(0)  # by the last layer's MLP only where the answer is predicted
         factors[name] = LowRank(y[:, felt].float(), u[:, felt].float())

@@ -14,7 +14,7 @@ from mscke.evaluation.guarantee import DELTA, allowed_leaks, allowed_on_average,
 from mscke.evaluation.metrics import ROLES
 from mscke.evaluation.outcomes import answered, own_scores
 from mscke.memory import EditMemory
-from mscke.training import encode_records
+from mscke.training.scope import encode_records
 
 RULES = {  # name -> how many of n calibration questions may leak
     "guaranteed": allowed_leaks,
@@ -23,12 +23,7 @@ RULES = {  # name -> how many of n calibration questions may leak
 
 
 def random_cuts(
-    scores: np.ndarray,
-    n: int,
-    alphas: Sequence[float],
-    n_cuts: int = 100,
-    delta: float = DELTA,
-    seed: int = 0,
+    scores: np.ndarray, n: int, alphas: Sequence[float], n_cuts: int = 100, delta: float = DELTA, seed: int = 0
 ) -> pd.DataFrame:
     """Scores of out-of-scope questions, cut at random into ``n`` to calibrate on and the rest to test.
 

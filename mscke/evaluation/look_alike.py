@@ -28,7 +28,7 @@ from mscke.evaluation.metrics import ROLES
 from mscke.evaluation.outcomes import answered
 from mscke.memory import EditMemory
 from mscke.models.clip import ClipEncoder
-from mscke.training import encode_records
+from mscke.training.scope import encode_records
 
 
 def cell_vectors(encoder: ClipEncoder, paths: Sequence[str]) -> Tensor:

@@ -18,9 +18,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from mscke.benchmark import load_benchmark
 from mscke.benchmark.sample import EditRecord
-from mscke.checkpoint import read_kept
 from mscke.config import get_track
 from mscke.editors import build
 from mscke.editors.mscke import MSCKE, own_edits
@@ -29,8 +27,10 @@ from mscke.evaluation.outcomes import outcomes
 from mscke.evaluation.protocol import ask as ask_model
 from mscke.evaluation.protocol import save_rows
 from mscke.evaluation.run import both_ways
+from mscke.fetching.track import load_benchmark
 from mscke.memory import EditMemory
 from mscke.models.mllm import MLLM
+from mscke.system.files import read_kept
 
 
 def groups(n_records: int, n_edits: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -29,7 +29,7 @@ from mscke.evaluation.metrics import METRICS, ROLES
 from mscke.evaluation.protocol import ask
 from mscke.models.mllm import MLLM
 from mscke.router import Route
-from mscke.training import encode_records
+from mscke.training.scope import encode_records
 
 COLUMNS = (*METRICS.values(), "specificity")
 
@@ -103,9 +103,7 @@ def with_images(records: Sequence[EditRecord], image: Mapping[str, str]) -> list
     """The records with each image replaced by ``image[path]``, in the edit and in every visual query."""
     visual = ("rephrase", "in_scope", "out_of_scope")
     swap = lambda part: replace(part, image=image[part.image])  # noqa: E731
-    return [
-        replace(r, edit=swap(r.edit), **{name: swap(getattr(r, name)) for name in visual}) for r in records
-    ]
+    return [replace(r, edit=swap(r.edit), **{name: swap(getattr(r, name)) for name in visual}) for r in records]
 
 
 def vision_probes(records: Sequence[EditRecord], blank: Path) -> dict[str, list[EditRecord]]:

@@ -12,7 +12,6 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from mscke.benchmark.sample import EditRecord
-from mscke.checkpoint import write_whole
 from mscke.editors.base import EditedModel, Editor
 from mscke.evaluation.metrics import (
     CHANGES,
@@ -27,7 +26,8 @@ from mscke.evaluation.metrics import (
 from mscke.models.decoding import Forced, in_batches, said
 from mscke.models.mllm import MLLM
 from mscke.models.room import check_records
-from mscke.workers import processes
+from mscke.system.files import replacing
+from mscke.system.workers import processes
 
 COLUMNS = "track backbone method protocol record metric value strict question expected answer".split()
 
@@ -88,9 +88,7 @@ def evaluate_shared(
 
 
 def shared(
-    ask: Callable[[Sequence[EditRecord]], pd.DataFrame],
-    records: Sequence[EditRecord],
-    at_once: int | None = None,
+    ask: Callable[[Sequence[EditRecord]], pd.DataFrame], records: Sequence[EditRecord], at_once: int | None = None
 ) -> pd.DataFrame:
     """The rows of ``ask(records)``: every process gets all of them, and computes those of its share of the records.
 
@@ -109,9 +107,7 @@ class _Asked:
     These are asked apart from the others: so a question is asked twice only where both answers are compared.
     """
 
-    def __init__(
-        self, model: EditedModel, base: MLLM, records: Sequence[EditRecord], among: torch.Tensor | None
-    ):
+    def __init__(self, model: EditedModel, base: MLLM, records: Sequence[EditRecord], among: torch.Tensor | None):
         self.model, self.base, self.among = model, base, among
         self.queries = [r.queries[role] for r in records for role in ROLES]
         self.gold = [r.answers[role] for r in records for role in ROLES]
@@ -163,10 +159,7 @@ def generated(asked: _Asked, forced: tuple[list, list] | None = None) -> pd.Data
     answers, before = asked.answer(forced)
     expected = [b if stays else g for b, g, stays in zip(before, asked.gold, asked.stay, strict=True)]
     return asked.frame(
-        expected=expected,
-        answer=answers,
-        value=exact_match(answers, expected),
-        strict=strict_match(answers, expected),
+        expected=expected, answer=answers, value=exact_match(answers, expected), strict=strict_match(answers, expected)
     )
 
 
@@ -187,4 +180,5 @@ PROTOCOLS = {"generated": generated, "teacher_forced": teacher_forced}
 
 def save_rows(rows: pd.DataFrame, path: Path) -> None:
     """Store per-record rows as parquet, whole or not at all."""
-    write_whole(path, lambda p: rows.to_parquet(p, index=False, compression="zstd"))
+    with replacing(path) as whole:
+        rows.to_parquet(whole, index=False, compression="zstd")

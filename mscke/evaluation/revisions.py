@@ -17,7 +17,7 @@ import torch
 from mscke.benchmark.sample import Edit, EditRecord, Query
 from mscke.classifier import ScopeClassifier
 from mscke.memory import EditMemory
-from mscke.training import IN_ROLES, ROLES
+from mscke.training.scope import IN_ROLES, ROLES
 
 KINDS = {  # what a second edit's prompt is to the first one's, by how hard the generator calls the question
     "other_entity": "another thing",
@@ -64,9 +64,7 @@ def taken_for_revision(classifier: ScopeClassifier, records: Sequence[EditRecord
     memory.add(first, embed_edits(classifier, first))
     elsewhere = [e.image for e in first[1:] + first[:1]]
     seconds = [
-        (i, *kind_and_edit)
-        for i, record in enumerate(records)
-        for kind_and_edit in second_edits(record, elsewhere[i])
+        (i, *kind_and_edit) for i, record in enumerate(records) for kind_and_edit in second_edits(record, elsewhere[i])
     ]
     z = embed_edits(classifier, [edit for *_, edit in seconds])
     for (i, kind, edit), row in zip(seconds, z, strict=True):

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from mscke.benchmark import Benchmark, load_benchmark
 from mscke.benchmark.sample import EditRecord
-from mscke.checkpoint import read_kept
 from mscke.config import ASSETS, ROOT, Track, get_track
 from mscke.editors import build
 from mscke.evaluation.outcomes import Outcomes, ask_all, own_scores
 from mscke.evaluation.protocol import PROTOCOLS, evaluate_shared, named, save_rows, shared
+from mscke.fetching.track import Benchmark, load_benchmark
 from mscke.models.mllm import MLLM
 from mscke.models.sources import device_of
-from mscke.workers import in_processes, processes
+from mscke.system.files import read_kept
+from mscke.system.workers import in_processes, processes
 
 ABOVE = ("report",)  # what rows do not depend on
 
@@ -30,14 +30,10 @@ def made_of(track: Track) -> str:
     """Sixteen hex digits that name the code, the pretrained weights and the kind of device that rows come from.
 
     Records and rows follow from these, and trained weights, which their own runs hold to what they were made of
-    (:mod:`mscke.checkpoint`); rows of other code or weights are made anew.
+    (:mod:`mscke.training.checkpoint`); rows of other code or weights are made anew.
     """
-    sources = [
-        p for p in (ROOT / "mscke").rglob("*.py") if p.relative_to(ROOT / "mscke").parts[0] not in ABOVE
-    ]
-    weights = [
-        p for kind in ("*.safetensors", "*.json") for p in ASSETS.rglob(kind) if "trained" not in p.parts
-    ]
+    sources = [p for p in (ROOT / "mscke").rglob("*.py") if p.relative_to(ROOT / "mscke").parts[0] not in ABOVE]
+    weights = [p for kind in ("*.safetensors", "*.json") for p in ASSETS.rglob(kind) if "trained" not in p.parts]
     parts = [hashlib.sha256(p.read_bytes()).digest() for p in sorted(sources) + sorted(weights)]
     fetched = track.lock.read_bytes() if track.fetched and track.lock.exists() else b""
     parts += [fetched, repr((track.eight_bit, device_of(track).type)).encode()]
@@ -88,9 +84,7 @@ def both_ways(
         in_scope = None if who == "nobody" else build.answerer(track, bench, base, who)
         return shared(lambda part: ask_all(base, in_scope, part, protocols), records)
 
-    sides = (
-        _kept(folder / f"taken by {who}.parquet", lambda who=who: ask(who)) for who in ("nobody", answerer)
-    )
+    sides = (_kept(folder / f"taken by {who}.parquet", lambda who=who: ask(who)) for who in ("nobody", answerer))
     return Outcomes(*sides)
 
 
@@ -117,9 +111,7 @@ def _kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
 def run_track(track: Track) -> pd.DataFrame:
     """Rows of every editor on every backbone (columns: :func:`mscke.evaluation.protocol.evaluate`)."""
     key = made_of(track)
-    folders = in_processes(
-        run_backbone, [(track.name, b, key) for b in track.backbones], track.workers, "backbones"
-    )
+    folders = in_processes(run_backbone, [(track.name, b, key) for b in track.backbones], track.workers, "backbones")
     files = [folder / f"{method}.parquet" for folder in folders for method in build.METHODS]
     return pd.concat([pd.read_parquet(path) for path in files], ignore_index=True)
 

@@ -17,9 +17,7 @@ def scope_scores(classifier: ScopeClassifier, records: Sequence[EditRecord]) -> 
 
     Columns: record, role, rho in (0, 1), in_scope (what is true), right (is ρ ≥ 0.5 on its side?).
     """
-    edits = classifier.embed(
-        [Query(r.edit.prompt, r.edit.image) for r in records], [r.edit.answer for r in records]
-    )
+    edits = classifier.embed([Query(r.edit.prompt, r.edit.image) for r in records], [r.edit.answer for r in records])
     queries = classifier.embed([r.queries[role] for r in records for role in ROLES])
     distance = (edits.repeat_interleave(len(ROLES), 0) - queries).square().sum(-1)
     frame = pd.DataFrame({

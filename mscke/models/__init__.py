@@ -1,0 +1,1 @@
+"""Base models, the counterfactual model, and the encoders of pictures and texts."""

@@ -75,9 +75,7 @@ class Features:
         texts, said = self.said.unique(return_inverse=True)
         seen = self.pooled[images], self.tokens[images]
         parts = [part.to(device) for part in (self.text, image, *seen, self.cosine, self.words[texts], said)]
-        return Features(
-            *(part.float() if part.is_floating_point() else part for part in parts)
-        )  # halves cross
+        return Features(*(part.float() if part.is_floating_point() else part for part in parts))  # halves cross
 
 
 class ClipEncoder:
@@ -91,9 +89,7 @@ class ClipEncoder:
     (``room.cut``); an edit that would be cut is refused, for its answer stands last.
     """
 
-    def __init__(
-        self, name: str, pretrained: str | None = None, cache: Path | None = None, device="cpu", half=False
-    ):
+    def __init__(self, name: str, pretrained: str | None = None, cache: Path | None = None, device="cpu", half=False):
         self.device, self.half = torch.device(device), half
         model = open_clip.create_model(name, pretrained, device=self.device)
         self.model = model.eval().requires_grad_(False)
@@ -169,9 +165,7 @@ class ClipEncoder:
 
 def text_only(tokenizer):
     """One of open_clip's tokenizers, from now on blind to its control tokens in what it is given."""
-    if (
-        words := getattr(tokenizer, "tokenizer", None)
-    ) is not None:  # a tokenizer of transformers in open_clip's coat
+    if (words := getattr(tokenizer, "tokenizer", None)) is not None:  # a tokenizer of transformers in open_clip's coat
         words.split_special_tokens = True
     else:  # OpenAI's: its pattern begins with them
         marks = "|".join(tokenizer.decoder[i] for i in tokenizer.all_special_ids) + "|"

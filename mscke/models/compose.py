@@ -89,9 +89,7 @@ def combine_configs(blip2: Path, vicuna: Path) -> Blip2Config:
     )  # fmt: skip
 
 
-def add_image_token(
-    tokenizer: PreTrainedTokenizerBase, config: Blip2Config, state: dict[str, Tensor]
-) -> None:
+def add_image_token(tokenizer: PreTrainedTokenizerBase, config: Blip2Config, state: dict[str, Tensor]) -> None:
     """Give all three a placeholder for visual tokens, and the tokenizer a padding token if it has none.
 
     New rows of the word matrices are the mean of the old ones: no likelier than the average word. Their
@@ -164,9 +162,7 @@ def open_weights(path: Path) -> dict[str, Tensor]:
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (
-        Exception
-    ) as error:  # SafetensorError, RuntimeError, EOFError; UnpicklingError for code in a pickle
+    except Exception as error:  # SafetensorError, RuntimeError, EOFError; UnpicklingError for code in a pickle
         refused = type(error).__name__ == "UnpicklingError"
         what = "refused, for it holds more than tensors" if refused else "cut off or damaged; fetch it again"
         raise ValueError(f"{path}: {what} ({error})") from None

@@ -93,9 +93,7 @@ class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
         """Mean cross-entropy of the answers' tokens, to be minimised on in-scope queries."""
         encoder = self.base.encoder
         batch: Batch = encoder.collate(self.prompts(queries, edits), [encoder.answer(a) for a in answers])
-        ids, mask, labels = (
-            part.to(self.base.model.device) for part in (batch.ids, batch.mask, batch.labels)
-        )
+        ids, mask, labels = (part.to(self.base.model.device) for part in (batch.ids, batch.mask, batch.labels))
         with self.mixed():
             embedded = embed(self.language_model, ids, encoder.image_id, self.see(queries))
             hidden = self.language_model.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
@@ -103,9 +101,7 @@ class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
         return nn.functional.cross_entropy(logits.float(), labels[labels >= 0])
 
     @torch.inference_mode()
-    def answer(
-        self, queries: Sequence[Query], edits: Sequence[Edit], batch_size: int | None = None
-    ) -> list[str]:
+    def answer(self, queries: Sequence[Query], edits: Sequence[Edit], batch_size: int | None = None) -> list[str]:
         """Greedy answers to (B) queries, each under its own edit."""
         prompts = self.prompts(queries, edits)
 
@@ -118,21 +114,14 @@ class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
 
     @torch.inference_mode()
     def force(
-        self,
-        queries: Sequence[Query],
-        edits: Sequence[Edit],
-        answers: Sequence[str],
-        batch_size: int | None = None,
+        self, queries: Sequence[Query], edits: Sequence[Edit], answers: Sequence[str], batch_size: int | None = None
     ) -> list[Forced]:
         """Teacher-forced predictions of (B) gold answers, each under its own edit."""
         encoder, prompts = self.base.encoder, self.prompts(queries, edits)
         ids = [encoder.answer(a, eos=False) for a in answers]
 
         def ask(rows: list[int]) -> list[Forced]:
-            texts, visual = (
-                ([t[i] for i in rows] for t in (prompts, ids)),
-                self.see([queries[i] for i in rows]),
-            )
+            texts, visual = (([t[i] for i in rows] for t in (prompts, ids)), self.see([queries[i] for i in rows]))
             return teacher_force(self.language_model, encoder, *texts, visual)
 
         with self.mixed():

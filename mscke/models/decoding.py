@@ -73,9 +73,7 @@ def teacher_force(
     device = next(language_model.parameters()).device
     ids, mask = batch.ids.to(device), batch.mask.to(device)
     logits = language_model(
-        inputs_embeds=embed(language_model, ids, encoder.image_id, visual),
-        attention_mask=mask,
-        use_cache=False,
+        inputs_embeds=embed(language_model, ids, encoder.image_id, visual), attention_mask=mask, use_cache=False
     ).logits
     top = logits.topk(k, -1).indices.cpu().numpy().astype(np.int32)
     labels, lengths = batch.labels.numpy(), batch.mask.sum(1).tolist()

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-_NAMED: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = (
-    WeakKeyDictionary()
-)  # frozen ones, as they were then
+from mscke.system.files import replacing
+
+_NAMED: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = WeakKeyDictionary()  # frozen ones, as they were then
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -106,13 +106,11 @@ class FeatureTable:
     def _save(self) -> None:
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         columns = {f"{i:02d}": column.contiguous() for i, column in enumerate(self.columns)}
         header = {"keys": json.dumps(list(self.rows)), "stamps": json.dumps(self.stamps)}
-        save_file(columns, temporary, metadata=header)
-        self._version = temporary.stat().st_mtime_ns
-        os.replace(temporary, self.path)
+        with replacing(self.path) as whole:
+            save_file(columns, whole, metadata=header)
+            self._version = whole.stat().st_mtime_ns
 
 
 class ImageTable(FeatureTable):

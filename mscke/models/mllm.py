@@ -30,9 +30,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 def load_pixels(paths: Sequence[str], size: int) -> Tensor:
     """Images as BLIP-2 reads them: resized to ``size``², normalised; float32 (B, 3, size, size)."""
     images = [open_image(p) for p in paths]
-    images = [
-        i if i.size == (size, size) else i.resize((size, size), Image.Resampling.BICUBIC) for i in images
-    ]
+    images = [i if i.size == (size, size) else i.resize((size, size), Image.Resampling.BICUBIC) for i in images]
     pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
@@ -138,10 +136,7 @@ class MLLM:
         Raises :class:`mscke.models.prompts.TooLong`, naming the question, if the model has no room for one.
         """
         contexts = contexts or [""] * len(queries)
-        return [
-            self.encoder.prompt(q.question, q.image is not None, c)
-            for q, c in zip(queries, contexts, strict=True)
-        ]
+        return [self.encoder.prompt(q.question, q.image is not None, c) for q, c in zip(queries, contexts, strict=True)]
 
     def answer(self, queries: Sequence[Query], batch_size: int | None = None) -> list[str]:
         """Greedy answers to (B) queries, in lower case and without a closing stop."""
@@ -156,9 +151,7 @@ class MLLM:
         self._answers.update(zip(new, texts, strict=True))
         return [self._answers[q] for q in queries]
 
-    def force(
-        self, queries: Sequence[Query], answers: Sequence[str], batch_size: int | None = None
-    ) -> list[Forced]:
+    def force(self, queries: Sequence[Query], answers: Sequence[str], batch_size: int | None = None) -> list[Forced]:
         """Teacher-forced predictions of (B) gold answers."""
         pairs = list(zip(queries, answers, strict=True))
         new = [p for p in dict.fromkeys(pairs) if p not in self._forced]
@@ -166,10 +159,7 @@ class MLLM:
         ids = [self.encoder.answer(answer, eos=False) for _, answer in new]
 
         def ask(rows: list[int]) -> list[Forced]:
-            texts, visual = (
-                ([t[i] for i in rows] for t in (prompts, ids)),
-                self.see([new[i][0] for i in rows]),
-            )
+            texts, visual = (([t[i] for i in rows] for t in (prompts, ids)), self.see([new[i][0] for i in rows]))
             return teacher_force(self.model.language_model, self.encoder, *texts, visual)
 
         found = by_length(prompts, ask, batch_size or self.batch_size)

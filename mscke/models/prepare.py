@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mscke.benchmark.lock import FetchError
 from mscke.config import Track, get_track
+from mscke.fetching.lock import FetchError
 from mscke.models.sources import device_of, find
 
 
@@ -24,9 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Make a track's models ready, or say where it computes; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mscke.models.prepare", description=main.__doc__)
     parser.add_argument("--track", default="paper", help="the track that needs them")
-    parser.add_argument(
-        "--device", action="store_true", help="say where the track computes, and make nothing"
-    )
+    parser.add_argument("--device", action="store_true", help="say where the track computes, and make nothing")
     options = parser.parse_args(arguments)
     track = get_track(options.track)
     try:

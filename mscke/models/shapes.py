@@ -33,9 +33,7 @@ TEXTS = {
     "opt-tiny": hf.OPTConfig(
         **_SMALL, word_embed_proj_dim=WIDTH, ffn_dim=48, vocab_size=768, max_position_embeddings=2048
     ),
-    "vicuna-tiny": hf.LlamaConfig(
-        **_SMALL, intermediate_size=48, vocab_size=640, bos_token_id=1, eos_token_id=2
-    ),
+    "vicuna-tiny": hf.LlamaConfig(**_SMALL, intermediate_size=48, vocab_size=640, bos_token_id=1, eos_token_id=2),
 }  # by name; BLIP-2's vision tower (ViT-g) and Q-Former are transformers' defaults
 
 
@@ -45,9 +43,7 @@ def blip2_config(text: str, side: int = 224) -> hf.Blip2Config:
     vision = hf.Blip2VisionConfig(image_size=side, **small)
     former = hf.Blip2QFormerConfig(**small, **({"encoder_hidden_size": WIDTH} if small else {}))
     words = TEXTS[text].to_dict()
-    words["vocab_size"] = (
-        -(-(words["vocab_size"] + 1) // 64) * 64
-    )  # with a placeholder for images, as on the hub
+    words["vocab_size"] = -(-(words["vocab_size"] + 1) // 64) * 64  # with a placeholder for images, as on the hub
     return hf.Blip2Config(vision_config=vision, qformer_config=former, text_config=words)
 
 

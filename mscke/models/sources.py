@@ -1,7 +1,7 @@
 """Where a track's models come from, and how they are loaded. In ``mscke.config`` a source is
 
 * a folder, or for a CLIP what open_clip takes: used as it is;
-* ``hub:<repository>``: fetched, locked and verified by :mod:`mscke.benchmark.fetch`;
+* ``hub:<repository>``: fetched, locked and verified by :mod:`mscke.fetching.store`;
 * ``minigpt4:<BLIP-2>+<Vicuna>``: MiniGPT-4, composed once of these two and its published projection;
 * ``shape:<text model>``: the same architecture and sizes with random weights (:mod:`mscke.models.shapes`);
 * ``last:<n>``, for a counterfactual model: the base model's own last n decoder layers, copied and trained.
@@ -16,9 +16,9 @@ from weakref import WeakValueDictionary
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from mscke.benchmark import load_benchmark
-from mscke.benchmark.fetch import open_store
 from mscke.config import Track
+from mscke.fetching.store import open_store
+from mscke.fetching.track import load_benchmark
 from mscke.models import shapes
 from mscke.models.compose import compose_minigpt4, memory_needed
 from mscke.models.counterfactual import CounterfactualModel, LastLayers
@@ -31,7 +31,7 @@ UNROUNDED = ("vision_model", "qformer", "language_projection", "language_model.l
 def find(track: Track, source: str) -> str:
     """The folder, or open_clip's name, of ``source``; fetched or composed if it is not there yet.
 
-    Raises :class:`mscke.benchmark.lock.FetchError`, or what :func:`compose_minigpt4` raises.
+    Raises :class:`mscke.fetching.lock.FetchError`, or what :func:`compose_minigpt4` raises.
     """
     kind, _, what = source.partition(":")
     if kind == "hub":

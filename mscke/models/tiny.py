@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
-from mscke.benchmark.fetch import FILES, MINIGPT4_NAMES
 from mscke.benchmark.generate import generate
 from mscke.benchmark.pictures import open_image
 from mscke.benchmark.sample import FIELDS
 from mscke.config import Track, get_track
+from mscke.fetching.store import FILES, MINIGPT4_NAMES
 from mscke.models.prompts import IMAGE_TOKEN, IN_CONTEXT, TEMPLATE
 
 WIDTH, QFORMER_WIDTH, QUERIES, IMAGE = 32, 24, 4, 42
@@ -38,9 +38,7 @@ def llama_tokenizer(texts: list[str]) -> hf.LlamaTokenizer:
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<unk>", "<s>", "</s>"]
-    learner.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
-    )
+    learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False))
     learned = json.loads(learner.to_str())["model"]
     return hf.LlamaTokenizer(vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]])
 
@@ -48,9 +46,7 @@ def llama_tokenizer(texts: list[str]) -> hf.LlamaTokenizer:
 def opt_tokenizer(texts: list[str]) -> hf.GPT2Tokenizer:
     """A tokenizer of OPT's class: byte-level, </s> at both ends, padding of its own."""
     learner = ByteLevelBPETokenizer()
-    learner.train_from_iterator(
-        texts, 700, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False
-    )
+    learner.train_from_iterator(texts, 700, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False)
     learned = json.loads(learner.to_str())["model"]
     return hf.GPT2Tokenizer(
         vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]], bos_token="</s>",
@@ -155,10 +151,7 @@ def write_data(folder: Path, sizes: dict[str, int]) -> list[str]:
     texts = []
     with TemporaryDirectory() as scratch:
         for split, size in sizes.items():
-            rows, coco = (
-                json.loads(generate(Path(scratch), split, size).read_text(encoding="utf-8")),
-                FOLDERS[split],
-            )
+            rows, coco = (json.loads(generate(Path(scratch), split, size).read_text(encoding="utf-8")), FOLDERS[split])
             for number, row in enumerate(rows):
                 with Image.new("RGB", (128, 96), "grey") as wide:
                     wide.paste(open_image(Path(scratch) / row["image"]), (16, 0))

@@ -40,17 +40,11 @@ def metric_cells(table: pd.DataFrame, row: str) -> pd.DataFrame:
 def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     """Mean of a − b in points with its bootstrap 95 % interval, paired by record: arrays (seeds, R) of shares."""
     pairs = np.mean(a, 0) - np.mean(b, 0)
-    return dict(
-        zip(("points", "lo", "hi"), (100 * float(v[0]) for v in bootstrap(pairs[:, None])), strict=True)
-    )
+    return dict(zip(("points", "lo", "hi"), (100 * float(v[0]) for v in bootstrap(pairs[:, None])), strict=True))
 
 
 def plot_seeds(
-    table: pd.DataFrame,
-    row: str,
-    hue: str,
-    reported: pd.DataFrame | None = None,
-    metrics: Sequence[str] = FINE,
+    table: pd.DataFrame, row: str, hue: str, reported: pd.DataFrame | None = None, metrics: Sequence[str] = FINE
 ) -> Figure:
     """A panel a metric (per cent), a line a level of ``row``: each seed pale, the mean of the seeds strong.
 

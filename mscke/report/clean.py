@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from mscke.report.registry import replacing
+from mscke.system.files import replacing
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 RUN_METADATA = ("papermill", "execution", "ExecuteTime", "widgets")

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mscke.evaluation.cost import by_part
+from mscke.cost.components import by_part
 from mscke.report.figures import IN, OUT
 from mscke.report.paper import reported_cost
 
@@ -17,7 +17,7 @@ PAPER = "#555555"
 def cost_table(counts: pd.DataFrame, latency: pd.DataFrame) -> pd.DataFrame:
     """A row a backbone and component: parameters, mib, mflop of one query, milliseconds a query by batch.
 
-    From :func:`mscke.evaluation.cost.counts` and :func:`~mscke.evaluation.cost.latency`, with a column
+    From :func:`mscke.cost.components.counts` and :func:`~mscke.cost.components.latency`, with a column
     backbone each. ``ms_8`` is the median in batches of 8, ``ms_8_lo`` and ``ms_8_hi`` the quartiles.
     """
     table = counts.assign(mib=counts["bytes"] / 2**20, mflop=counts["flops"] / 1e6)
@@ -76,9 +76,7 @@ def plot_shares(parts: pd.DataFrame) -> Figure:
     fig, ax = plt.subplots(figsize=(5.6, 2.0))
     columns = zip([*shares, "reported_share"], [*labels, "the paper's"], (IN, OUT, PAPER), "osD", strict=True)
     for column, label, colour, marker in columns:
-        ax.plot(
-            100 * parts[column], range(len(parts)), marker, color=colour, label=label, mec="white", mew=0.6
-        )
+        ax.plot(100 * parts[column], range(len(parts)), marker, color=colour, label=label, mec="white", mew=0.6)
     ax.set_yticks(range(len(parts)), parts["part"])
     ax.set(xlabel="time, per cent of the base model's", ylim=(len(parts) - 0.5, -0.5), xlim=(0, None))
     ax.grid(axis="both")
@@ -89,7 +87,7 @@ def plot_shares(parts: pd.DataFrame) -> Figure:
 def plot_route(rows: pd.DataFrame) -> Figure:
     """Seconds to route one query against the memory's size, both on log scales; the ratio at each size.
 
-    ``rows``: the ``route`` rows of :mod:`mscke.evaluation.bench`. Where the released way was not measured
+    ``rows``: the ``route`` rows of :mod:`mscke.cost.bench`. Where the released way was not measured
     it is drawn on, dashed, at the time an edit of its largest size.
     """
     known = rows.dropna(subset="baseline")
@@ -97,9 +95,7 @@ def plot_route(rows: pd.DataFrame) -> Figure:
     rest = rows[rows["n"] >= last["n"]]
     fig, ax = plt.subplots(figsize=(5.6, 3.2))
     ax.plot(known["n"], known["baseline"], "s-", color=OUT, label="memory encoded again (released)")
-    ax.plot(
-        rest["n"], rest["n"] * last["baseline"] / last["n"], ":", color=OUT, label="the same, extrapolated"
-    )
+    ax.plot(rest["n"], rest["n"] * last["baseline"] / last["n"], ":", color=OUT, label="the same, extrapolated")
     ax.plot(rows["n"], rows["ours"], "o-", color=IN, label="embedded once, searched as a matrix (ours)")
     for row in known[known["ratio"] >= 3].itertuples():
         middle = np.sqrt(row.ours * row.baseline)

@@ -18,25 +18,14 @@ import pandas as pd
 import torch
 import transformers
 
-from mscke.benchmark import load_benchmark
-from mscke.checkpoint import write_whole
 from mscke.config import TRACKS, Track, get_track
-from mscke.evaluation.dry_run import (
-    COUNTERFACTUAL,
-    EVALUATION,
-    IMAGES,
-    MENDING,
-    SCOPE,
-    backbone_parts,
-    shared_parts,
-)
-from mscke.evaluation.watch import Log, Row
+from mscke.cost.dry_run import COUNTERFACTUAL, EVALUATION, IMAGES, MENDING, SCOPE, backbone_parts, shared_parts
+from mscke.cost.watch import Log, Row
+from mscke.fetching.track import load_benchmark
 from mscke.models.sources import device_of
+from mscke.system.files import replacing
 
-CPU_RECORDS, CPU_TRAIN = (
-    2,
-    12,
-)  # records edited, unless told, and records trained on: BLIP-2 takes its time there
+CPU_RECORDS, CPU_TRAIN = (2, 12)  # records edited, unless told, and records trained on: BLIP-2 takes its time there
 CARDS = (16, 24, 32, 40, 48, 80, 141)  # GB that GPUs have
 CONTEXT = 1.5e9  # bytes that CUDA itself takes, and what its allocator cannot use
 CLASSIFIERS = 70  # that the ablation trains, about
@@ -113,7 +102,8 @@ def write_report(rows: Sequence[Row], track: Track, path: Path) -> None:
         _least(table),
     ]
     text = "\n\n".join(line for line in lines if line)
-    write_whole(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
+    with replacing(path) as whole:
+        whole.write_text(text + "\n", encoding="utf-8")
 
 
 def _where(track: Track) -> str:
@@ -135,13 +125,9 @@ def _least(table: pd.DataFrame) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit status is 1 if a part failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--track", default="paper-dry", help="paper-dry, or paper-dry-tiny")
-    parser.add_argument(
-        "--backbone", help="BLIP-2 OPT or MiniGPT-4; unless told both on a GPU, else BLIP-2 OPT"
-    )
+    parser.add_argument("--backbone", help="BLIP-2 OPT or MiniGPT-4; unless told both on a GPU, else BLIP-2 OPT")
     parser.add_argument("--records", type=int, help="test records that are edited and asked")
     parser.add_argument("--minutes", type=float, default=60, help="after which no part begins")
     told = parser.parse_args(arguments)

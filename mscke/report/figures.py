@@ -22,8 +22,9 @@ from scipy.stats import mannwhitneyu
 
 from mscke.config import ASSETS
 from mscke.report.paper import MAIN_METRICS, PAIRED, reported_main
-from mscke.report.registry import register, replacing
+from mscke.report.registry import register
 from mscke.report.tables import LABELS, bootstrap
+from mscke.system.files import replacing
 
 METHOD_COLOURS = {  # Okabe and Ito; grey stands in for their black
     "FT-LLM": "#8A8A8A",
@@ -42,9 +43,7 @@ def use_style() -> None:
     plt.style.use(ASSETS / "mscke.mplstyle")
 
 
-def save_figure(
-    fig: Figure, stem: str, folder: str | Path, caption: str | None = None, notebook: str = ""
-) -> Path:
+def save_figure(fig: Figure, stem: str, folder: str | Path, caption: str | None = None, notebook: str = "") -> Path:
     """Write ``folder/stem`` as .png and .pdf, the same bytes each time; returns the PNG's path.
 
     With a ``caption`` the figure enters the folder's index (:mod:`mscke.report.registry`).
@@ -95,14 +94,7 @@ def plot_main_results(
     marks = [
         Line2D([], [], marker="o", color="#444444", label="ours, with 95 % interval"),
         Line2D(
-            [],
-            [],
-            marker="D",
-            mfc="white",
-            mec="#555555",
-            ls="",
-            ms=4,
-            label="the paper's (full-size models, FGVEdit)",
+            [], [], marker="D", mfc="white", mec="#555555", ls="", ms=4, label="the paper's (full-size models, FGVEdit)"
         ),
     ]
     fig.legend(handles=marks, loc="outside upper right", ncols=2)

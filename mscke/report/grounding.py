@@ -61,11 +61,7 @@ def slice_rows(found: np.ndarray, slices: Mapping[str, np.ndarray]) -> pd.DataFr
 
 
 def before_and_after(
-    records: Sequence[EditRecord],
-    before: np.ndarray,
-    after: np.ndarray,
-    each: int = 2,
-    threshold: float = 0.5,
+    records: Sequence[EditRecord], before: np.ndarray, after: np.ndarray, each: int = 2, threshold: float = 0.5
 ) -> list[dict]:
     """The first ``each`` failures of every kind under ``before``, as cards with both scores.
 

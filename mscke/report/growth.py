@@ -15,7 +15,7 @@ def plot_growth(rows: pd.DataFrame) -> Figure:
 
     The two are timed in turns at each size, and from size to size a machine is faster or slower.
 
-    ``rows`` of :mod:`mscke.evaluation.bench_memory` (name, n, ours, baseline): the last ``memory_route``
+    ``rows`` of :mod:`mscke.cost.bench_memory` (name, n, ours, baseline): the last ``memory_route``
     is by codes, all before it are exact.
     """
     route, exact = (rows[rows["name"] == name] for name in ("memory_route", "memory_route_exact"))
@@ -27,9 +27,7 @@ def plot_growth(rows: pd.DataFrame) -> Figure:
         name = "one classifier pass" if times == 1 else f"{times} passes"
         place = {"xy": (route["n"].iloc[-1], passes.iloc[-1]), "xytext": (8, -3)}
         ax.annotate(name, **place, textcoords="offset points", fontsize=8, color=TEXT, annotation_clip=False)
-    ax.plot(
-        sizes, 1e3 * pd.concat([route["ours"][:-1], exact["baseline"]]), "o-", color=IN, label="exact search"
-    )
+    ax.plot(sizes, 1e3 * pd.concat([route["ours"][:-1], exact["baseline"]]), "o-", color=IN, label="exact search")
     ax.plot(route["n"][-1:], 1e3 * route["ours"][-1:], "D", color=OUT, label="by eight-bit codes")
     ax.set(xscale="log", yscale="log", xlabel="edits in memory", ylabel="milliseconds to route one query")
     ax.set_xticks(sizes, [f"{n:,}" for n in sizes])

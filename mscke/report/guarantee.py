@@ -54,9 +54,7 @@ def plot_cuts(cuts: pd.DataFrame) -> Figure:
             ax.plot(x, leak, "o", ms=2.5, mew=0, alpha=0.4, color=colour)
             ax.vlines(100 * alpha, *leak.quantile([0.25, 0.75]), color=colour, lw=4, zorder=3)
             kept = f"{100 * (part['leak'] <= alpha).mean():.0f} %"
-            ax.annotate(
-                kept, (100 * alpha, 1.03), xycoords=("data", "axes fraction"), ha="center", fontsize=8
-            )
+            ax.annotate(kept, (100 * alpha, 1.03), xycoords=("data", "axes fraction"), ha="center", fontsize=8)
         ax.set_title(rule, pad=18)
         ax.set(xscale="log", yscale="log", ylim=(90 * floor, 400 * alphas[-1]))
         _plain_ticks(ax, 100 * alphas)
@@ -88,9 +86,7 @@ def plot_reliability(scores: Mapping[str, np.ndarray], in_scope: np.ndarray) -> 
     fig, axes = plt.subplots(1, len(scores), figsize=(2.9 * len(scores), 3.1), sharey=True, squeeze=False)
     for ax, (name, probability) in zip(axes[0], scores.items(), strict=True):
         place, n = bin_of(probability), np.bincount(bin_of(probability), minlength=BINS)
-        x, y = (
-            np.bincount(place, weights=w, minlength=BINS)[n > 0] / n[n > 0] for w in (probability, in_scope)
-        )
+        x, y = (np.bincount(place, weights=w, minlength=BINS)[n > 0] / n[n > 0] for w in (probability, in_scope))
         ax.plot([0, 1], [0, 1], **GUIDE)
         ax.vlines(x, x, y, color=OUT, lw=1.2)
         ax.scatter(x, y, s=8 + 160 * n[n > 0] / n.sum(), color=IN, zorder=3, edgecolor="white", lw=0.5)

@@ -32,8 +32,7 @@ def to_html(reading: Reading) -> str:
     shown = reading.metrics.assign(metric=reading.metrics["metric"].map(LABELS))
     tables = (shown.set_index("metric"), reading.confusion)
     texts = (  # the index's name stands in the row of the columns' names, not in one of its own
-        t.rename_axis(index=None, columns=t.index.name).to_html(border=0, float_format="{:.2f}".format)
-        for t in tables
+        t.rename_axis(index=None, columns=t.index.name).to_html(border=0, float_format="{:.2f}".format) for t in tables
     )
     # the classes by which JupyterLab and the classic notebook style the tables of cells
     style = "display: flex; flex-wrap: wrap; gap: 0 3em; line-height: normal"
@@ -57,11 +56,7 @@ class Picture:
         self.figure = Figure(figsize=(10.5, 3.4), dpi=dpi)
         self.canvas = FigureCanvasAgg(self.figure)
         left, middle, right = self.figure.subfigures(1, 3, width_ratios=(1, 1.2, 1))
-        self.left, self.middle, self.right = (
-            left.subplots(),
-            middle.subplots(3, sharex=True),
-            right.subplots(),
-        )
+        self.left, self.middle, self.right = (left.subplots(), middle.subplots(3, sharex=True), right.subplots())
 
         draw_rows(self.left, [LABELS[metric] for metric in COLUMNS])
         self.left.tick_params(axis="y", pad=37)  # room for the numbers
@@ -73,9 +68,7 @@ class Picture:
         draw_rows(self.right, [f"{kind}  ({n:,})" for kind, n in zip(kinds, counts, strict=True)])
         self.right.set(xlim=(-4, 104), xlabel="questions taken by the edit (%)", title="by reference")
         marks = [Line2D([], [], marker="o", ls="", color=c, label=side) for side, c in SIDES[:2]]
-        self.right.legend(
-            handles=marks, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, fontsize=7.5
-        )
+        self.right.legend(handles=marks, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, fontsize=7.5)
         self.title = self.figure.suptitle("ρ")  # any text, to keep its room
         frames = [part for ax in self.middle for part in (ax.yaxis, ax.set_title("ρ"), *ax.spines.values())]
         self.figure.draw_without_rendering()
@@ -102,9 +95,7 @@ class Picture:
         self.drawn = []
         beside = {"textcoords": "offset points", "ha": "right", "va": "center_baseline", "fontsize": 8.5}
         found, axis = reading.metrics, self.left.get_yaxis_transform()
-        self.drawn += draw_interval(
-            self.left, range(len(found)), found["value"], found["lo"], found["hi"], IN
-        )
+        self.drawn += draw_interval(self.left, range(len(found)), found["value"], found["lo"], found["hi"], IN)
         for y, value in enumerate(found["value"]):
             self.drawn.append(self.left.annotate(f"{value:.1f}", (0, y), (-5, 0), axis, **beside))
         for ax, (name, colour), own in zip(self.middle, SIDES, reading.rho.T[2:], strict=True):
@@ -135,11 +126,7 @@ class Panel(widgets.VBox):
         clips, fusions, seeds = (list(dict.fromkeys(names)) for names in zip(*scored.rho, strict=True))
         self.controls = {
             name: widgets.ToggleButtons(options=options, value=value, style={"button_width": "9em"})
-            for name, options, value in (
-                ("clip", clips, clip),
-                ("fusion", fusions, fusion),
-                ("seed", seeds, seed),
-            )
+            for name, options, value in (("clip", clips, clip), ("fusion", fusions, fusion), ("seed", seeds, seed))
         }
         self.controls["threshold"] = widgets.FloatSlider(
             threshold, min=0, max=1, step=0.01, continuous_update=False, layout={"width": "36em"}

@@ -62,9 +62,5 @@ def reported_transfer() -> pd.DataFrame:
 
 def reported_cost() -> pd.DataFrame:
     """The paper's cost of each part: columns part, milliseconds (a query), memory (as printed, "G")."""
-    rows = [
-        ("scope classifier", 36.0, 0.56),
-        ("base model", 121.0, 9.10),
-        ("counterfactual model", 85.0, 4.22),
-    ]
+    rows = [("scope classifier", 36.0, 0.56), ("base model", 121.0, 9.10), ("counterfactual model", 85.0, 4.22)]
     return pd.DataFrame(rows, columns=["part", "milliseconds", "memory"])

@@ -17,13 +17,13 @@ import huggingface_hub.constants as constants
 import torch
 from transformers import AutoConfig
 
-from mscke.benchmark import coco, hub
-from mscke.benchmark.fetch import DRIVE, FGVEDIT, SPACE, Store, open_store
-from mscke.benchmark.lock import FetchError
 from mscke.benchmark.sample import RecordError
 from mscke.config import Track, get_track
+from mscke.fetching import coco, hub
+from mscke.fetching.lock import FetchError
+from mscke.fetching.machine import Room, by_disk, disk, gpu, package, shown
+from mscke.fetching.store import DRIVE, FGVEDIT, SPACE, Store, open_store
 from mscke.models.compose import combine_configs, memory_needed
-from mscke.report.machine import Room, by_disk, disk, gpu, package, shown
 from mscke.report.paper import reported_cost
 
 PICTURE = 0.165e6  # bytes of one of COCO's, about
@@ -45,15 +45,11 @@ def check(store: Store, track: Track) -> list[Finding]:
     """Everything that ``track`` needs, looked for in ``store``: one that is offline and frozen."""
     sizes = track.sizes
     files = [
-        look(
-            f"{FGVEDIT}: {sizes['train']:,} + {sizes['test']:,} records", lambda: _annotations(store, sizes)
-        ),
+        look(f"{FGVEDIT}: {sizes['train']:,} + {sizes['test']:,} records", lambda: _annotations(store, sizes)),
         look("COCO 2014 images that FGVEdit names", lambda: _images(store, sizes)),
     ]
     models = {
-        repo: look(
-            repo, lambda repo=repo: _size(hub.model_files(store.model(repo), hub.MODELS[repo]).values())
-        )
+        repo: look(repo, lambda repo=repo: _size(hub.model_files(store.model(repo), hub.MODELS[repo]).values()))
         for repo in sorted(track.fetches)
     }
     files += models.values()
@@ -140,9 +136,7 @@ def _rooms(store: Store, track: Track, absent: Iterable[str]) -> list[Room]:
 
 def _annotations(store: Store, sizes: dict[str, int]) -> str:
     found = store.annotations(sizes)
-    notes = [
-        f"{split}: {note}" for split in found for note in store.read(found[split], check_images=False).notes
-    ]
+    notes = [f"{split}: {note}" for split in found for note in store.read(found[split], check_images=False).notes]
     return "\n         ".join([f"{_size(found.values())} in {found['train'].parent}", *notes])
 
 
@@ -179,9 +173,7 @@ def _size(paths: Iterable[Path]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Print what is here, what is missing and what is needed; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mscke.report.paper_check", description=main.__doc__)
-    parser.add_argument(
-        "--data", help="local folder with FGVEdit's JSON files, train2014/, val2014/ or their zips"
-    )
+    parser.add_argument("--data", help="local folder with FGVEdit's JSON files, train2014/, val2014/ or their zips")
     parser.add_argument("--models", help="local folder with model folders, named as on the hub")
     parser.add_argument("--track", default="paper", help="paper, or paper-blip2")
     options = parser.parse_args(arguments)

@@ -9,30 +9,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
 from mscke.config import ROOT, get_track
+from mscke.system.files import replacing
 
 HEAD = """# Figures and tables
 
 Written by the notebooks, and this page by `mscke.report.registry`: to change a figure, change its notebook.
 Pictures of scenes adapt artwork by [OpenMoji](https://openmoji.org/), CC BY-SA 4.0: see NOTICE.md.
 """
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place if the block ends well, and vanishes if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def register(folder: str | Path, name: str, caption: str, notebook: str) -> None:

@@ -10,7 +10,8 @@ import pandas as pd
 from tabulate import tabulate
 
 from mscke.report.paper import MAIN_METRICS, PAIRED, reported_main
-from mscke.report.registry import register, replacing
+from mscke.report.registry import register
+from mscke.system.files import replacing
 
 METHODS = ("FT-LLM", "IKE", "SERAC", "SERAC+fg", "MEND", "MSCKE", "MSCKE-MEND")
 PROTOCOLS = ("generated", "teacher_forced")
@@ -51,9 +52,7 @@ def summarise(rows: pd.DataFrame, n_boot: int = 2000, seed: int = 0) -> pd.DataF
     return summary.sort_values([*KEYS, "metric"], key=rank, ignore_index=True)
 
 
-def bootstrap(
-    values: np.ndarray, n_boot: int = 2000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def bootstrap(values: np.ndarray, n_boot: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(mean, lo, hi), each (m,), of values (n, m): the 95 % percentile interval over resampled rows.
 
     Every table with the same n sees the same resamples, so intervals of methods are comparable.
@@ -89,9 +88,7 @@ def beside_paper(summary: pd.DataFrame) -> pd.DataFrame:
     part = summary[summary["metric"].isin(MAIN_METRICS)]
     index = ["backbone", "method", "metric"]
     ours = part.pivot(index=index, columns="protocol", values="value")
-    ours = ours.reindex(
-        index=pd.MultiIndex.from_frame(part[index].drop_duplicates()), columns=list(PROTOCOLS)
-    )
+    ours = ours.reindex(index=pd.MultiIndex.from_frame(part[index].drop_duplicates()), columns=list(PROTOCOLS))
     ours = ours.rename_axis(columns=None).reset_index()
     ours["reported_backbone"] = ours["backbone"].replace(PAIRED)
     theirs = reported_main().rename(columns={"backbone": "reported_backbone", "value": "reported"})
@@ -105,9 +102,7 @@ def beside_strict(rows: pd.DataFrame) -> pd.DataFrame:
     strict, difference, in per cent.
     """
     told, keys = rows[rows["protocol"] == "generated"], ["backbone", "method", "metric"]
-    field, strict = (
-        summarise(told.assign(value=told[name])).set_index(keys)["value"] for name in ("value", "strict")
-    )
+    field, strict = (summarise(told.assign(value=told[name])).set_index(keys)["value"] for name in ("value", "strict"))
     return pd.DataFrame({"field": field, "strict": strict, "difference": field - strict}).reset_index()
 
 

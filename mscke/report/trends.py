@@ -63,9 +63,7 @@ def plot_trends(
         Line2D([], [], color=c, marker=m, label=str(n), **style)
         for n, c, m in zip(hues, colours, MARKERS, strict=False)
     ]
-    handles += [
-        Line2D([], [], color="#222222", lw=1, ls=d, label=m) for m, d in zip(marks, DASHES, strict=False)
-    ]
+    handles += [Line2D([], [], color="#222222", lw=1, ls=d, label=m) for m, d in zip(marks, DASHES, strict=False)]
     fig.legend(handles=handles, loc="outside upper right", ncols=min(5, len(handles)))
     return fig
 
@@ -92,8 +90,7 @@ def plot_rivals(asked: pd.DataFrame, threshold: float = 0.5) -> Figure:
     axes[-1].set_xlabel("scope score ρ")
     fig.supylabel("share of queries (%)", fontsize=9)
     marks = [
-        Line2D([], [], color=c, lw=4, alpha=0.6, label=n)
-        for n, c in (("its own edit", IN), ("best other edit", OUT))
+        Line2D([], [], color=c, lw=4, alpha=0.6, label=n) for n, c in (("its own edit", IN), ("best other edit", OUT))
     ]
     fig.legend(handles=marks, loc="outside upper right", ncols=2)
     return fig

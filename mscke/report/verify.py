@@ -47,23 +47,19 @@ def other_tables(root: Path) -> str:
 
     def tables(*command: str) -> set[str]:
         found = subprocess.run(
-            ["git", *command, "--", "figures/tables/*.csv"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
+            ["git", *command, "--", "figures/tables/*.csv"], cwd=root, capture_output=True, text=True, check=True
         )
         return {Path(line).stem for line in found.stdout.splitlines()} - set(TIMED)
 
     committed = tables("ls-files")
     changed = sorted(tables("diff", "--name-only", "--relative", "HEAD") & committed)
-    counted = f"{len(committed) - len(changed)} of {len(committed)} tables without timings are byte for byte as committed"
+    counted = (
+        f"{len(committed) - len(changed)} of {len(committed)} tables without timings are byte for byte as committed"
+    )
     if not changed:
         return f"{counted}."
     lines = [f"  {name}: {largest_difference(root, name)}" for name in changed]
-    return "\n".join(
-        [f"{counted} (another processor moves last digits). Where the others differ most:", *lines]
-    )
+    return "\n".join([f"{counted} (another processor moves last digits). Where the others differ most:", *lines])
 
 
 def largest_difference(root: Path, name: str) -> str:
@@ -74,9 +70,7 @@ def largest_difference(root: Path, name: str) -> str:
         return "it is gone"
     old, new = pd.read_csv(io.BytesIO(shown.stdout)), pd.read_csv(root / path)
     if list(old.columns) != list(new.columns) or len(old) != len(new):
-        return (
-            f"{len(old)} rows of {list(old.columns)} committed, {len(new)} of {list(new.columns)} regenerated"
-        )
+        return f"{len(old)} rows of {list(old.columns)} committed, {len(new)} of {list(new.columns)} regenerated"
     words = old.select_dtypes(exclude="number").columns
     if (other := (old[words].fillna("") != new[words].fillna(""))).any(axis=None):
         row, column = other.stack().idxmax()
@@ -118,13 +112,7 @@ def verify(root: Path = ROOT) -> int:
     committed, reason = committed_table(root)
     table = compare(committed, pd.read_csv(root / TABLE))
     verdicts = "–" if committed is None else table["within"].map({True: "yes", False: "NOT"})
-    options = {
-        "headers": "keys",
-        "tablefmt": "simple",
-        "floatfmt": ".2f",
-        "missingval": "–",
-        "showindex": False,
-    }
+    options = {"headers": "keys", "tablefmt": "simple", "floatfmt": ".2f", "missingval": "–", "showindex": False}
     print(tabulate(table.assign(within=verdicts), **options))
     print()
     if committed is None:

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from mscke.system.files import replacing
+
 SETTLED = 2 * 10**9  # nanoseconds: some file systems count time in steps of two seconds
 _MAKING = threading.Lock()
 
@@ -32,9 +34,7 @@ def take(image: str) -> Picture:
         if not is_file(image):
             raise OSError("no file")
         with open(image, "rb") as file:
-            changed = os.fstat(
-                file.fileno()
-            ).st_mtime_ns  # asked first: who changes it while it is read is noticed
+            changed = os.fstat(file.fileno()).st_mtime_ns  # asked first: who changes it while it is read is noticed
             picture = file.read()
     except OSError as error:
         raise FileNotFoundError(f"an edit's image {image} cannot be read; nothing was stored") from error
@@ -76,15 +76,8 @@ def write_out(folder: Path, picture: bytes, image: str) -> Path:
     path = folder / (hashlib.sha256(picture).hexdigest()[:16] + (suffix if usual else ""))
     if path.is_file() and path.read_bytes() == picture:
         return path
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        temporary.write_bytes(picture)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, f"a stored picture cannot be written to {path} ({error.strerror})"
-        ) from error
+    with replacing(path) as whole:
+        whole.write_bytes(picture)
     return path
 
 

@@ -90,9 +90,7 @@ class Facts:
         while (i := self._before[i][by]) >= 0:
             yield i
 
-    def revise(
-        self, edits: Sequence[Edit], z: Tensor, matrix: Tensor, here: Tensor, within: float
-    ) -> list[int]:
+    def revise(self, edits: Sequence[Edit], z: Tensor, matrix: Tensor, here: Tensor, within: float) -> list[int]:
         """Give new edits the next ids, one after the other; the ids that they revise, ascending.
 
         ``z`` (N, dim): their embeddings; ``matrix`` (n, dim): those of the edits before them, of which some

@@ -99,9 +99,7 @@ class Index:
                 f"(B, {self.matrix.shape[1]}) of this memory's classifier"
             )
         if not queries.isfinite().all():
-            raise ValueError(
-                "a query's embedding is not finite: has its classifier been trained, and read whole?"
-            )
+            raise ValueError("a query's embedding is not finite: has its classifier been trained, and read whole?")
         k = min(k, len(self.ids))
         if exact or len(self.ids) <= EXACT or not len(queries):
             places = nearest(queries, k, self.matrix, self._squares)
@@ -147,9 +145,7 @@ class Codes:
         squares, products = (each.index_select(0, blocks) for each in (self.by_block, products))
         best = _least(torch.add(squares, products, alpha=scale).flatten(), n)
         places = blocks[best // BLOCK] * BLOCK + best % BLOCK
-        places = torch.cat(
-            [places, torch.arange(whole, len(product))]
-        )  # those that fill no block, all of them
+        places = torch.cat([places, torch.arange(whole, len(product))])  # those that fill no block, all of them
         squared = torch.addmv(self.squares[places], matrix.index_select(0, places), query, alpha=-2)
         return places[squared.topk(k, largest=False)[1]]
 

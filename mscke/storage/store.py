@@ -72,9 +72,7 @@ class EditStore:
                 "they are; copy all of it once more. Nothing was begun over it"
             )
         if not self._lock or dim is None:
-            raise FileNotFoundError(
-                f"no memory at {self.path}; to begin one, open it for writing and give dim="
-            )
+            raise FileNotFoundError(f"no memory at {self.path}; to begin one, open it for writing and give dim=")
         # who was killed while making one may have left a table without a version, which cannot be opened
         mode = "overwrite" if folder.exists() else "create"
         schema = table_schema(dim, fingerprint or "")
@@ -184,8 +182,7 @@ class EditStore:
             return edits
         digests = rows["digest"].to_pylist()
         return [
-            replace(e, image=found.get((e.image, digest), e.image))
-            for e, digest in zip(edits, digests, strict=True)
+            replace(e, image=found.get((e.image, digest), e.image)) for e, digest in zip(edits, digests, strict=True)
         ]
 
     def _stored(self, ids: Iterable[int]) -> dict[bytes, bytes]:
@@ -209,9 +206,7 @@ def folder_at(path: str | os.PathLike) -> Path:
     if re.match(r"[A-Za-z][\w+.-]+:/", text := os.fspath(path)):
         raise ValueError(f"{text} is an address; a memory lies in a folder of this machine")
     if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text):
-        raise ValueError(
-            f"{text!r} has control characters or is not UTF-8; give the memory's folder another name"
-        )
+        raise ValueError(f"{text!r} has control characters or is not UTF-8; give the memory's folder another name")
     folder = Path(os.path.expanduser(text)).absolute()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a memory lies in a folder")

@@ -1,0 +1,1 @@
+"""Visual questions in, an FGVEdit-like benchmark out, with a language model as judge."""

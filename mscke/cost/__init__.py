@@ -1,0 +1,1 @@
+"""What every part costs: parameters, bytes, FLOPs, seconds; at our sizes and at the paper's."""

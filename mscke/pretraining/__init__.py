@@ -1,0 +1,1 @@
+"""Of the mini models: ``python -m mscke.pretraining`` (``make pretrain``)."""
