@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from mscke.editors.mend import MEND, MendNetworks
 from mscke.editors.mend_training import train_mend
 from mscke.models.counterfactual import CounterfactualModel
-from mscke.training.checkpoint import code_of
+from mscke.system.files import code_of
 from mscke.training.fit import fit
 from mscke.training.scope import train_counterfactual
 

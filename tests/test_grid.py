@@ -2,17 +2,19 @@
 
 import dataclasses
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from mscke import checkpoint, training
 from mscke.classifier import ScopeClassifier
 from mscke.config import get_track
 from mscke.editors import build, grid
 from mscke.editors.grid import SUPERVISION, Shared, Spec, train_grid
 from mscke.fetching.track import load_benchmark
 from mscke.system.workers import in_processes, one_thread
+from mscke.training import checkpoint
+from mscke.training import scope as training
 
 pytest_plugins = ["tiny"]
 
@@ -79,16 +81,18 @@ def here(monkeypatch):
 
 
 def test_an_unfinished_run_goes_on(copy, trained, monkeypatch, here):
-    spec, write, written = SPECS[0], checkpoint.write_whole, []
+    spec, replacing, written = SPECS[0], checkpoint.replacing, []
 
-    def interrupted(path, content):
-        write(path, content)
+    @contextmanager
+    def interrupted(path):
+        with replacing(path) as whole:
+            yield whole
         written.append(path.name)
         if len(written) == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(checkpoint, "write_whole", interrupted)
+        m.setattr(checkpoint, "replacing", interrupted)
         train_grid(copy, [spec])
     assert set(written) == {"checkpoint.pt", "model.safetensors", "curve.csv"}  # of the first epoch of two
     assert train_grid(copy, [spec])[spec].fingerprint() == trained[spec].fingerprint()

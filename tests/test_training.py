@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mscke import training
 from mscke.classifier import SIMILARITIES, ScopeClassifier
 from mscke.models.counterfactual import CounterfactualModel
+from mscke.training import scope as training
 from mscke.training.scope import (
     AS_RELEASED,
     FINE_GRAINED,
