@@ -130,7 +130,7 @@ $(NOTEBOOKS:%=$(STAMPS)/%): $(STAMPS)/%: notebooks/%.ipynb | $(ENV)
 	@echo "== $*: $(ABOUT.$*)"
 	@mkdir -p $(@D) outputs/notebooks
 	MSCKE_TRACK=mini $(PAPERMILL) $< outputs/notebooks/$*.ipynb
-	$(RUN) -m mscke.report.clean outputs/notebooks/$*.ipynb outputs/notebooks/$*.clean.ipynb
+	$(RUN) -m mscke.report.notebook outputs/notebooks/$*.ipynb outputs/notebooks/$*.clean.ipynb
 	mv outputs/notebooks/$*.clean.ipynb $<
 	touch $@
 
@@ -184,7 +184,7 @@ $(PAPERS:%=$(PAPER_STAMPS)/%): $(PAPER_STAMPS)/%: notebooks/%.ipynb | $(ENV) $(P
 	@echo "== $* ($(PAPER)): $(ABOUT.$*)"
 	@mkdir -p outputs/$(PAPER)/notebooks
 	MSCKE_TRACK=$(PAPER) $(PAPERMILL:3600=-1) $< outputs/$(PAPER)/notebooks/$*.tmp.ipynb
-	$(RUN) -m mscke.report.clean outputs/$(PAPER)/notebooks/{$*.tmp,$*}.ipynb '$(NOTE)'
+	$(RUN) -m mscke.report.notebook outputs/$(PAPER)/notebooks/{$*.tmp,$*}.ipynb '$(NOTE)'
 	rm outputs/$(PAPER)/notebooks/$*.tmp.ipynb
 	touch $@
 

@@ -9,7 +9,7 @@ import torch
 
 from mscke.cost import bench_memory
 from mscke.memory import EditMemory
-from mscke.report.growth import plot_growth
+from mscke.report.memory import plot_growth
 
 pytest_plugins = ["tiny"]
 

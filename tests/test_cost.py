@@ -14,7 +14,7 @@ from mscke.cost import components as cost
 from mscke.editors.mscke import MSCKE
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.mllm import MLLM
-from mscke.report import costs
+from mscke.report import cost as costs
 from mscke.report.paper import reported_cost
 from mscke.system.workers import in_processes
 

@@ -19,7 +19,7 @@ from mscke.evaluation.metrics import METRICS, ROLES
 from mscke.evaluation.outcomes import COLUMNS
 from mscke.report import ablation
 from mscke.report import panel as binding
-from mscke.report.explore import Scored, confusion, metrics, read
+from mscke.report.ablation import Scored, confusion, metrics, read
 from mscke.report.panel import Panel, Picture, plot_panel
 from mscke.report.tables import LABELS, summarise
 

@@ -5,7 +5,7 @@ import pytest
 
 from mscke.evaluation.metrics import ROLES
 from mscke.evaluation.outcomes import COLUMNS
-from mscke.report.grounding import before_and_after, plot_readers, question_kinds, right_by_kind, slice_rows
+from mscke.report.grounded import before_and_after, plot_readers, question_kinds, right_by_kind, slice_rows
 
 pytest_plugins = ["tiny"]
 IN, OUT = ROLES.index("in_scope"), ROLES.index("out_of_scope")

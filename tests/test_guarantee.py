@@ -11,7 +11,7 @@ from scipy.stats import binom
 
 from mscke.classifier import ScopeClassifier
 from mscke.editors.mscke import MSCKE
-from mscke.evaluation.coverage import RULES, at_work, random_cuts, scores_among
+from mscke.evaluation.calibration import RULES, at_work, random_cuts, scores_among
 from mscke.evaluation.guarantee import (
     allowed_leaks,
     allowed_on_average,

@@ -4,8 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mscke.evaluation.coverage import random_cuts
-from mscke.evaluation.reliability import calibration_gaps, expected_error
+from mscke.evaluation.calibration import calibration_gaps, expected_error, random_cuts
 from mscke.report.guarantee import error_interval, mean_interval, plot_cuts, plot_price, plot_reliability
 from mscke.report.tables import write_table
 

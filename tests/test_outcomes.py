@@ -16,9 +16,8 @@ from mscke.config import get_track
 from mscke.editors.mscke import MSCKE
 from mscke.evaluation import run
 from mscke.evaluation.metrics import METRICS, ROLES
-from mscke.evaluation.outcomes import COLUMNS, answered, outcomes, own_scores, vision_probes, with_images
+from mscke.evaluation.outcomes import COLUMNS, answered, outcomes, own_scores, scope_scores, vision_probes, with_images
 from mscke.evaluation.protocol import evaluate
-from mscke.evaluation.scope import scope_scores
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.report.tables import summarise
 

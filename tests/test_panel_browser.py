@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
-from mscke.report.explore import Scored, read
+from mscke.report.ablation import Scored, read
 
 pytestmark = pytest.mark.slow
 PATIENCE = 120  # seconds: how long a busy machine may take for one thing
@@ -26,7 +26,7 @@ QUIET = (
 )
 ALIGNED = "cell => getComputedStyle(cell).textAlign"
 CELL = """
-from mscke.report.explore import Scored
+from mscke.report.ablation import Scored
 from mscke.report.figures import use_style
 from mscke.report.panel import Panel
 

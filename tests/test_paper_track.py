@@ -25,7 +25,7 @@ from mscke.models import prepare, sources, tiny
 from mscke.models.counterfactual import LastLayers
 from mscke.models.decoding import teacher_force
 from mscke.models.mllm import MLLM
-from mscke.report.untold import MARK, where_told
+from mscke.report.notebook import MARK, where_told
 
 torch.set_num_threads(1)
 SHARD = "models/Salesforce/blip2-opt-2.7b/model-00001-of-00007.safetensors"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mscke.evaluation.reliability import bin_of, calibration_gaps, expected_error, isotonic_map
+from mscke.evaluation.calibration import bin_of, calibration_gaps, expected_error, isotonic_map
 
 unit = st.floats(0, 1)
 

@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from mscke.report import clean, figures, paper, pictures, registry, tables, verify
+from mscke.report import figures, paper, pictures, registry, tables, verify
+from mscke.report import notebook as clean
 
 SHARES = {"reliability": 0.97, "generality": 0.9, "locality": 1.0, "m_in": 0.6, "m_out": 0.8}
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from mscke.report.tables import summarise
-from mscke.report.trends import plot_rivals, plot_trends, summarise_by
+from mscke.report.transfer import plot_rivals, plot_trends, summarise_by
 
 
 @pytest.fixture

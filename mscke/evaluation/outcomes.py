@@ -25,7 +25,7 @@ from torch import Tensor
 from mscke.benchmark.sample import Edit, EditRecord, Query
 from mscke.classifier import ScopeClassifier
 from mscke.editors.mscke import RoutedModel, own_edits
-from mscke.evaluation.metrics import METRICS, ROLES
+from mscke.evaluation.metrics import CHANGES, METRICS, ROLES
 from mscke.evaluation.protocol import ask
 from mscke.models.mllm import MLLM
 from mscke.router import Route
@@ -116,3 +116,21 @@ def vision_probes(records: Sequence[EditRecord], blank: Path) -> dict[str, list[
     other = dict(zip(images, images[1:] + images[:1], strict=True))
     swaps = {"blank_image": dict.fromkeys(images, str(blank)), "other_image": other}
     return {name: with_images(records, swap) for name, swap in swaps.items()}
+
+
+def scope_scores(classifier: ScopeClassifier, records: Sequence[EditRecord]) -> pd.DataFrame:
+    """ρ of every record's five queries against the record's own edit.
+
+    Columns: record, role, rho in (0, 1), in_scope (what is true), right (is ρ ≥ 0.5 on its side?).
+    """
+    edits = classifier.embed([Query(r.edit.prompt, r.edit.image) for r in records], [r.edit.answer for r in records])
+    queries = classifier.embed([r.queries[role] for r in records for role in ROLES])
+    distance = (edits.repeat_interleave(len(ROLES), 0) - queries).square().sum(-1)
+    frame = pd.DataFrame({
+        "record": torch.tensor([r.id for r in records]).repeat_interleave(len(ROLES)).numpy(),
+        "role": list(ROLES) * len(records),
+        "rho": classifier.score(distance).numpy(),
+    })  # fmt: skip
+    frame["in_scope"] = frame["role"].isin(CHANGES)
+    frame["right"] = (frame["rho"] >= 0.5) == frame["in_scope"]
+    return frame

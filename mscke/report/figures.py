@@ -6,22 +6,18 @@ Pictures of scenes, attention and failures are in :mod:`mscke.report.pictures`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
-from scipy.stats import mannwhitneyu
 
 from mscke.config import ASSETS
-from mscke.report.paper import MAIN_METRICS, PAIRED, reported_main
 from mscke.report.registry import register
 from mscke.report.tables import LABELS, bootstrap
 from mscke.system.files import replacing
@@ -57,87 +53,6 @@ def save_figure(fig: Figure, stem: str, folder: str | Path, caption: str | None 
     if caption:
         register(folder, stem, caption, notebook)
     return path
-
-
-def plot_main_results(
-    summary: pd.DataFrame, protocol: str = "generated", metrics: Sequence[str] = MAIN_METRICS
-) -> Figure:
-    """Each method's mean and 95 % interval (per cent): a row of panels a backbone, a panel a metric.
-
-    Each metric has its own scale, the same for both backbones. Hollow diamonds are the paper's numbers for the backbone that ours stands for: other models, images
-    and protocol, so for their order and not for their level.
-    """
-    summary = summary[(summary["protocol"] == protocol) & summary["metric"].isin(metrics)]
-    backbones, methods = summary["backbone"].unique(), list(summary["method"].unique())
-    size = (1.6 * len(metrics) + 1.2, (0.27 * len(methods) + 0.5) * len(backbones) + 0.6)
-    shape = {"nrows": len(backbones), "ncols": len(metrics), "squeeze": False}
-    fig, axes = plt.subplots(**shape, figsize=size, sharex="col", sharey=True)
-    reported = reported_main()
-    for (i, j), ax in np.ndenumerate(axes):
-        ours = summary[(summary["backbone"] == backbones[i]) & (summary["metric"] == metrics[j])]
-        for row in ours.itertuples():
-            place = methods.index(row.method)
-            draw_interval(ax, place, row.value, row.lo, row.hi, METHOD_COLOURS.get(row.method))
-        paired = reported["backbone"] == PAIRED.get(backbones[i], backbones[i])
-        theirs = reported[paired & (reported["metric"] == metrics[j]) & reported["method"].isin(methods)]
-        rows = [methods.index(method) + 0.3 for method in theirs["method"]]
-        ax.plot(theirs["value"], rows, "D", mfc="white", mec="#555555", mew=0.9, ms=3.8, zorder=3)
-        ax.set_title(metric_label(metrics[j]) if i == 0 else "")
-        if j == 0:
-            ax.set_ylabel(backbones[i], fontweight="bold", labelpad=8)
-        draw_rows(ax, methods)
-    for ax in axes[0]:
-        low = ax.get_xlim()[0]
-        ax.set_xlim(max(-3, 10 * (low // 10) - 3), 103)
-        ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    fig.supxlabel(f"per cent, {protocol.replace('_', '-')} answers", fontsize=9)
-    marks = [
-        Line2D([], [], marker="o", color="#444444", label="ours, with 95 % interval"),
-        Line2D(
-            [], [], marker="D", mfc="white", mec="#555555", ls="", ms=4, label="the paper's (full-size models, FGVEdit)"
-        ),
-    ]
-    fig.legend(handles=marks, loc="outside upper right", ncols=2)
-    return fig
-
-
-def plot_curves(curve: pd.DataFrame, panels: Mapping[str, Sequence[str]], x: str = "epoch") -> Figure:
-    """Training curves: a panel an entry of ``panels`` (its label -> columns of ``curve``).
-
-    Under a label that ends in "(%)" shares in [0, 1] are drawn as per cent.
-    """
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 2.7), squeeze=False)
-    for ax, (label, columns) in zip(axes[0], panels.items(), strict=True):
-        scale = 100 if label.endswith("(%)") else 1
-        for column in columns:
-            name = {"loss": "training loss"}.get(column, column.removeprefix("right_").replace("_", " "))
-            known = curve[[x, column]].dropna()
-            marker = {"marker": "o", "ms": 4, "mec": "white", "mew": 0.6} if len(known) <= 30 else {}
-            ax.plot(known[x], scale * known[column], label=name, **marker)
-        ax.set(xlabel=x, title=label)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.grid(axis="y")
-        if len(columns) > 1:
-            ax.legend(fontsize=7.5)
-    return fig
-
-
-def plot_score_histogram(
-    rho_in: np.ndarray, rho_out: np.ndarray, threshold: float = 0.5, rho_text: np.ndarray | None = None
-) -> Figure:
-    """How the scope scores ρ in [0, 1] of in-scope and out-of-scope queries fall about the threshold.
-
-    ``rho_text``: those of the text-only queries (locality). Heights are shares of each group.
-    """
-    groups = [("in scope", rho_in, IN), ("out of scope", rho_out, OUT)]
-    if rho_text is not None:
-        groups.append(("text only", rho_text, TEXT))
-    fig, axes = plt.subplots(len(groups), 1, figsize=(5.4, 1.1 * len(groups) + 0.5), sharex=True)
-    for ax, (name, rho, colour) in zip(axes, groups, strict=True):
-        draw_scores(ax, name, np.asarray(rho, float), colour, threshold)
-    axes[-1].set(xlabel="scope score ρ", xlim=(0, 1))
-    fig.supylabel("share of queries (%)", fontsize=9)
-    return fig
 
 
 def plot_breakdown(
@@ -176,23 +91,6 @@ def plot_breakdown(
     if hue is not None:
         marks = [Line2D([], [], marker="o", color=c, label=n) for n, c in colours.items()]
         fig.legend(handles=marks, loc="outside upper right", ncols=len(hues))
-    return fig
-
-
-def plot_text_similarity(sim_in: np.ndarray, sim_out: np.ndarray) -> Figure:
-    """Cosine similarity of the edit prompt's text to that of in-scope and out-of-scope questions.
-
-    AUC is the chance that the text of an in-scope question is the closer of the two: at 50 % text alone
-    does not tell them apart.
-    """
-    auc = mannwhitneyu(sim_in, sim_out).statistic / (len(sim_in) * len(sim_out))
-    fig, ax = plt.subplots(figsize=(5.4, 2.4))
-    groups = {"in scope": np.asarray(sim_in, float), "out of scope": np.asarray(sim_out, float)}
-    style = {"stat": "percent", "common_norm": False, "element": "step", "bins": 40, "alpha": 0.3}
-    sns.histplot(groups, ax=ax, palette=[IN, OUT], **style)
-    sns.move_legend(ax, "upper left", title=None)
-    ax.set_title(f"text alone: AUC {100 * auc:.1f} %")
-    ax.set(xlabel="cosine similarity to the edit prompt, text alone", ylabel="share of questions (%)")
     return fig
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mscke.evaluation.reliability import BINS, bin_of, calibration_gaps, expected_error
+from mscke.evaluation.calibration import BINS, bin_of, calibration_gaps, expected_error
 from mscke.report.figures import IN, OUT, metric_label
 from mscke.report.tables import bootstrap, resampled_means
 
@@ -39,7 +39,7 @@ def error_interval(probability: np.ndarray, in_scope: np.ndarray) -> dict[str, f
 def plot_cuts(cuts: pd.DataFrame) -> Figure:
     """Leak against α over random cuts: each cut a dot, the middle half a bar, a panel a rule; α the diagonal.
 
-    ``cuts``: of :func:`mscke.evaluation.coverage.random_cuts`. Axes are logarithmic: cuts without a leak lie
+    ``cuts``: of :func:`mscke.evaluation.calibration.random_cuts`. Axes are logarithmic: cuts without a leak lie
     on the lower edge.
     """
     rules, alphas = cuts["rule"].unique(), np.sort(cuts["alpha"].unique())

@@ -1,4 +1,4 @@
-"""The ablation's panel: a picture and two tables under controls, bound to :mod:`mscke.report.explore`.
+"""The ablation's panel: a picture and two tables under controls, bound to :mod:`mscke.report.ablation`.
 
 Two layers above its pure functions: a figure made from what they say (:func:`plot_panel`, :class:`Picture`)
 and a thin :class:`Panel` of widgets that only binds. A saved notebook shows the panel's picture at its
@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from mscke.evaluation.outcomes import COLUMNS
-from mscke.report.explore import FINE, Reading, Scored, read
+from mscke.report.ablation import ROLES_FINE, Reading, Scored, read
 from mscke.report.figures import IN, OUT, TEXT, draw_interval, draw_rows, draw_scores
 from mscke.report.tables import LABELS
 
@@ -64,7 +64,7 @@ class Picture:
         for ax in self.middle:
             ax.set(xlim=(0, 1), ylim=(0, 100))  # the widest ticks that can come
         ax.set(xlabel="scope score ρ")
-        kinds, counts = np.unique(reference[:, FINE].astype(str), return_counts=True)
+        kinds, counts = np.unique(reference[:, ROLES_FINE].astype(str), return_counts=True)
         draw_rows(self.right, [f"{kind}  ({n:,})" for kind, n in zip(kinds, counts, strict=True)])
         self.right.set(xlim=(-4, 104), xlabel="questions taken by the edit (%)", title="by reference")
         marks = [Line2D([], [], marker="o", ls="", color=c, label=side) for side, c in SIDES[:2]]

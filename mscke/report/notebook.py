@@ -1,4 +1,4 @@
-"""An executed notebook without the traces of its run: ``python -m mscke.report.clean IN OUT [NOTE]``.
+"""An executed notebook without the traces of its run: ``python -m mscke.report.notebook IN OUT [NOTE]``.
 
 Outputs, cell ids and their order stay. What papermill and Jupyter note about the run goes: timings,
 the injected parameters, widget state, what was written to stderr. Execution counts become 1 … n. The same
@@ -8,11 +8,14 @@ outputs give the same bytes. A note, in Markdown, becomes the first cell.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
+from IPython import get_ipython
 from nbformat import NotebookNode
 
+from mscke.benchmark.sample import EditRecord
 from mscke.system.files import replacing
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -60,7 +63,7 @@ def _outputs(cell: NotebookNode) -> list[NotebookNode]:
 
 def main(argv: list[str]) -> None:
     if len(argv) not in (2, 3):
-        sys.exit("usage: python -m mscke.report.clean IN.ipynb OUT.ipynb [NOTE]")
+        sys.exit("usage: python -m mscke.report.notebook IN.ipynb OUT.ipynb [NOTE]")
     notebook = clean(nbformat.read(argv[0], as_version=4))
     if len(argv) == 3:
         notebook.cells.insert(0, nbformat.v4.new_markdown_cell(argv[2], id="note"))
@@ -70,3 +73,23 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+
+
+MARK = "# needs of its records: "
+
+
+def skip_untold(records: Sequence[EditRecord]) -> None:
+    """From the next cell on, in this kernel; outside a notebook nothing is done."""
+    if shell := get_ipython():
+        told = set.intersection(*(set(record.meta) for record in records))
+        shell.input_transformers_cleanup.append(lambda lines: where_told(lines, told))
+
+
+def where_told(lines: list[str], told: set[str]) -> list[str]:
+    """A cell's ``lines``, or one that says in a sentence which of its needs are not ``told``."""
+    if not lines or not lines[0].startswith(MARK):
+        return lines
+    needed = lines[0].removeprefix(MARK).strip().split(", ")
+    lacking = ", ".join(key for key in needed if key not in told)
+    said = f"This benchmark does not tell the {lacking} of its records: nothing to show."
+    return [f"print({said!r})\n"] if lacking else lines
