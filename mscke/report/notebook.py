@@ -1,8 +1,12 @@
-"""An executed notebook without the traces of its run: ``python -m mscke.report.notebook IN OUT [NOTE]``.
+"""What every notebook begins with, and what is left of it when it was executed.
 
-Outputs, cell ids and their order stay. What papermill and Jupyter note about the run goes: timings,
-the injected parameters, widget state, what was written to stderr. Execution counts become 1 … n. The same
-outputs give the same bytes. A note, in Markdown, becomes the first cell.
+:func:`begin` opens a notebook's track. Benchmarks tell more or less of their records: FGVEdit-Scenes tells the scene, the
+kind of reference and the attribute that is asked (``meta``), FGVEdit does not. A cell that begins
+``# needs of its records: scene`` is run where all records tell their scene. Elsewhere it prints that they do not.
+
+``python -m mscke.report.notebook IN OUT [NOTE]`` cleans an executed notebook. Outputs, cell ids and their order stay. What
+papermill and Jupyter note about the run goes: timings, the injected parameters, widget state, what was written to
+stderr. Execution counts become 1 … n. The same outputs give the same bytes. A note, in Markdown, becomes the first cell.
 """
 
 from __future__ import annotations
@@ -11,16 +15,33 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import torch
 from IPython import get_ipython
 from nbformat import NotebookNode
 
 from mscke.benchmark.sample import EditRecord
+from mscke.config import Track, get_track
+from mscke.fetching.track import Benchmark, load_benchmark
+from mscke.report.figures import use_style
 from mscke.system.files import replacing
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 RUN_METADATA = ("papermill", "execution", "ExecuteTime", "widgets")
+MARK = "# needs of its records: "
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def begin(track: str = "", dpi: int = 80) -> tuple[Track, Benchmark]:
+    """The track ``track`` (see :func:`mscke.config.get_track`) and its records; figures are shown at ``dpi``."""
+    use_style()
+    plt.rcParams["figure.dpi"] = dpi
+    torch.set_num_threads(2)
+    settings = get_track(track)
+    bench = load_benchmark(settings)
+    skip_untold(bench.test)
+    return settings, bench
 
 
 def clean(notebook: NotebookNode) -> NotebookNode:
@@ -61,23 +82,6 @@ def _outputs(cell: NotebookNode) -> list[NotebookNode]:
     return kept
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) not in (2, 3):
-        sys.exit("usage: python -m mscke.report.notebook IN.ipynb OUT.ipynb [NOTE]")
-    notebook = clean(nbformat.read(argv[0], as_version=4))
-    if len(argv) == 3:
-        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(argv[2], id="note"))
-    with replacing(Path(argv[1])) as temporary:
-        nbformat.write(notebook, temporary)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
-
-
-MARK = "# needs of its records: "
-
-
 def skip_untold(records: Sequence[EditRecord]) -> None:
     """From the next cell on, in this kernel; outside a notebook nothing is done."""
     if shell := get_ipython():
@@ -93,3 +97,17 @@ def where_told(lines: list[str], told: set[str]) -> list[str]:
     lacking = ", ".join(key for key in needed if key not in told)
     said = f"This benchmark does not tell the {lacking} of its records: nothing to show."
     return [f"print({said!r})\n"] if lacking else lines
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) not in (2, 3):
+        sys.exit("usage: python -m mscke.report.notebook IN.ipynb OUT.ipynb [NOTE]")
+    notebook = clean(nbformat.read(argv[0], as_version=4))
+    if len(argv) == 3:
+        notebook.cells.insert(0, nbformat.v4.new_markdown_cell(argv[2], id="note"))
+    with replacing(Path(argv[1])) as temporary:
+        nbformat.write(notebook, temporary)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
