@@ -3,7 +3,8 @@
 from importlib import import_module
 
 _HOME = {
-    "Edit": "benchmark", "EditRecord": "benchmark", "Query": "benchmark", "load_benchmark": "benchmark",
+    "Edit": "benchmark.sample", "EditRecord": "benchmark.sample", "Query": "benchmark.sample",
+    "get_track": "config", "load_benchmark": "fetching.track", "load_base": "editors.build", "editor": "editors.build",
     "MLLM": "models.mllm", "CounterfactualModel": "models.counterfactual", "ScopeClassifier": "classifier",
     "EditMemory": "memory", "ScopeRouter": "router", "MSCKE": "editors.mscke", "evaluate": "evaluation.protocol",
 }  # fmt: skip

@@ -1,7 +1,9 @@
 """The shape of the house: imports run one way, the method stays short, nothing unsafe is loaded."""
 
 import ast
+import importlib.util
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -193,3 +195,29 @@ work = flops(call)
 assert work < 3
 """
     assert timed_checks(ast.parse(code)) == ["assert len(fast) > 1"]
+
+
+# ------------------------------------------------------------------------------------- the front door
+
+
+def test_the_front_door_opens():
+    import mscke
+
+    assert {getattr(mscke, name).__name__ for name in mscke.__all__} == set(mscke.__all__)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted(PACKAGE.glob("*/README.md"))], ids=lambda p: p.parent.name
+)
+def test_what_a_page_names_is_there(page):
+    """Its links lead somewhere, its examples compile, and what they import exists."""
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for module in re.findall(r"-m (mscke[\w.]*)", text):
+        assert importlib.util.find_spec(module), module
+    for code in re.findall(r"```python\n(.*?)```", text, re.S):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
