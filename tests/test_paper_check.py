@@ -211,7 +211,7 @@ def test_make_asks_of_the_preset(preset):
     command = ["make", "-n", "PYTHON=python", *([f"PRESET={preset}"] if preset else []), "paper-check", "paper-data"]
     said = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True).stdout
     track = f"paper-{preset}" if preset else "paper"
-    for module in ("report.paper_check", "benchmark.fetch", "models.prepare"):
+    for module in ("report.paper_check", "fetching", "models.prepare"):
         assert f'"python" -m mscke.{module} --track {track}\n' in said
 
 

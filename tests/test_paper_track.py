@@ -142,7 +142,7 @@ def test_make_paper_asks_for_the_gpu_before_it_fetches(monkeypatch, capsys):
     ).stdout
     steps = [
         "models.prepare --track paper --device",
-        "benchmark.fetch --track paper",
+        "mscke.fetching --track paper",
         "models.prepare --track paper\n",
         "papermill",
     ]

@@ -24,8 +24,9 @@ class Averaged(ScopeClassifier):
     """The mean of a text's words, where ours has readers that choose among them."""
 
     def read(self, f: Features) -> tuple[Tensor, Tensor]:
-        said = f.words.any(-1, keepdim=True)
-        mean = (f.words.sum(1) / said.sum(1))[f.said]
+        words = f.words[:]
+        said = words.any(-1, keepdim=True)
+        mean = (words.sum(1) / said.sum(1))[f.said]
         return mean.repeat(1, self.readers), said[f.said]
 
 

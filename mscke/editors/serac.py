@@ -36,7 +36,7 @@ class MiniLMEncoder:
         self.model = AutoModel.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)  # "[SEP]" is text
         self.room = Room("MiniLM", self.tokenizer.model_max_length, self._lengths)
-        path = cache and cache / f"minilm-text-{fingerprint(self.model)}.safetensors"
+        path = cache and cache / f"minilm-text-{fingerprint(self.model)}"
         self.texts = FeatureTable(self.encode, path)
 
     def _lengths(self, texts: list[str]) -> list[int]:

@@ -102,7 +102,7 @@ class ClipEncoder:
         self.text_dim, self.word_dim = self.dim, self.model.token_embedding.embedding_dim
         key = fingerprint(self.model)
         kept = {"dtype": torch.float16} if half else {}
-        texts, images = (f"clip-{kind}-{key}{'-half' * half}.safetensors" for kind in ("text", "image"))
+        texts, images = (f"clip-{kind}-{key}{'-half' * half}" for kind in ("text", "image"))
         self.texts = FeatureTable(self._encode_texts, cache and cache / texts, **kept)
         self.images = ImageTable(self._encode_images, cache and cache / images, **kept)
 

@@ -93,7 +93,7 @@ class MLLM:
     @cached_property
     def images(self) -> ImageTable:
         """The table of the images' features. It does not hold the model: this is gone once nobody else does."""
-        table = f"qformer-{self.eyes()}-{self.image_size}.safetensors"
+        table = f"qformer-{self.eyes()}-{self.image_size}"
         look = WeakMethod(self._look)
         compute = lambda paths: look()(paths)  # noqa: E731
         return ImageTable(compute, self.cache and self.cache / table, max(1, self.batch_size // 2))
