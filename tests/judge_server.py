@@ -37,7 +37,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
             server.bodies.append(body)
-            server.headers.append(dict(self.headers) | {"path": self.path})
+            server.headers.append({name.title(): value for name, value in self.headers.items()} | {"path": self.path})
             server.active += 1
             server.most_active = max(server.most_active, server.active)
             fault = server.faults.popleft() if server.faults else None

@@ -166,7 +166,7 @@ class Dump:
 
 
 def judge(server, out, **settings):
-    quick = {"per_minute": 1e6, "backoff": 0.01, "attempts": 3} | settings
+    quick = {"per_minute": 1e6, "attempts": 3} | settings
     return Judge(out / "verdicts", base_url=server.url, **quick)
 
 

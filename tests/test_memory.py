@@ -193,23 +193,34 @@ def test_nothing_is_no_change():
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 100])
-def test_a_single_query_is_searched_as_many_are(n):
-    z, queries, k = torch.randn(n, DIM), torch.randn(2 * search.AT_ONCE + 5, DIM), min(3, n)
-    squares, gone = z.square().sum(1), n // 2 if n > 1 else n
-    squares[gone : gone + 1] = torch.inf
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_single_query_is_searched_as_many_are(n, k):
+    z, queries = torch.randn(n, DIM), torch.randn(2 * search.AT_ONCE + 5, DIM)
+    index, k, gone = search.Index(z), min(n, k), n // 2 if n > 1 else n
+    index.here[:] = torch.arange(n) != gone
+    index.look()
     distance = torch.cdist(queries, z)
     distance[:, gone : gone + 1] = torch.inf
-    expected = distance.sort(1).indices[:, :k]
-    assert torch.equal(search.nearest(queries, k, z, squares), expected)
-    alone = torch.cat([search.nearest(q, k, z, squares) for q in queries[:20].split(1)])
-    assert torch.equal(alone, expected[:20])
+    squared, places = index.nearest(queries, k, exact=False)
+    assert torch.equal(places, distance.sort(1).indices[:, :k])
+    torch.testing.assert_close(squared, distance.sort(1).values[:, :k].square())
+    alone = [index.nearest(q, k, exact=False) for q in queries.split(1)]
+    assert torch.equal(torch.cat([p for _, p in alone]), places)
+    assert torch.equal(torch.cat([d for d, _ in alone]), squared)  # bit for bit
+
+
+def test_of_equal_ones_the_first_is_found():
+    z = torch.randn(3, DIM).repeat(4, 1)
+    index = search.Index(z)
+    index.here[:] = torch.arange(12) > 2
+    index.look()
+    assert index.nearest(z[:3], 2, exact=False)[1].tolist() == [[3, 6], [4, 7], [5, 8]]
 
 
 def test_codes_find_what_exact_search_finds(monkeypatch):
     """Whether they are there from the start or since the memory outgrew exact search; lengths count."""
     monkeypatch.setattr(search, "EXACT", 1000)
     monkeypatch.setattr(search, "CANDIDATES", 200)
-    monkeypatch.setattr(search, "BLOCK", 8)
     rng = torch.Generator().manual_seed(0)
     z = torch.randn(3001, 128, generator=rng) * torch.linspace(2, 0.1, 128)
     z *= 0.5 + torch.rand(3001, 1, generator=rng)
@@ -237,18 +248,19 @@ def test_codes_find_what_exact_search_finds(monkeypatch):
 
 @pytest.mark.parametrize("k", [1, 7, 60, 400])
 def test_codes_find_as_many_as_are_asked_for(monkeypatch, k):
-    """Though a sample only says how near the nearest blocks and edits are; and the whole memory, if it is asked for."""
+    """However many were removed, and though those were the nearest."""
     monkeypatch.setattr(search, "CANDIDATES", 16)
-    monkeypatch.setattr(search, "BLOCK", 8)
-    z = torch.randn(4003, 32, generator=torch.Generator().manual_seed(k))
-    codes, squares = search.Codes(z, 100), search.squared_lengths(z)
-    squares[1::2] = torch.inf  # removed
-    codes.look(squares)
-    for query in z[:10:2]:
-        found = codes.nearest(query, k, z)
-        assert len(found) == k == len(found.unique()) and not (found % 2).any()
-        distance = (z[found] - query).norm(dim=1)
-        assert distance[0] == 0 and (distance.diff() >= -1e-5).all()
+    monkeypatch.setattr(search, "EXACT", 700)
+    z = torch.randn(4003, 33, generator=torch.Generator().manual_seed(k))
+    index = search.Index(z)
+    index.here[:] = torch.arange(4003) % 5 == 0
+    nearest = index._codes.search(search._padded(z[:1]), 200)[1][0]
+    index.here[nearest[1:]] = False
+    index.look()
+    squared, places = index.nearest(z[:50:5], k, exact=False)
+    assert places.shape == (10, k) and index.here[places].all()
+    assert (squared.diff(dim=1) >= 0).all() and all(len(row.unique()) == k for row in places)
+    assert squared[0, 0] == 0 and places[0, 0] == 0
 
 
 def test_what_is_few_again_is_searched_exactly_again(monkeypatch):
@@ -265,10 +277,10 @@ def test_what_is_few_again_is_searched_exactly_again(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, memory.nearest(queries), strict=True))
 
 
-@pytest.mark.parametrize("most", [2, 1000])
+@pytest.mark.parametrize("most", [16, 1000])
 def test_no_queries_find_nothing_and_broken_ones_are_refused(monkeypatch, most):
     monkeypatch.setattr(search, "EXACT", most)
-    memory = filled()
+    memory = filled(20)
     assert [tuple(x.shape) for x in memory.nearest(torch.empty(0, DIM))] == [(0, 1), (0, 1)]
     with pytest.raises(ValueError, match="not finite"):
         memory.nearest(torch.full((1, DIM), torch.nan))

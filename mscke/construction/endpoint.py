@@ -1,25 +1,24 @@
-"""One chat endpoint: a request goes out at a bounded rate, fitted to what the endpoint takes, until a reply is read."""
+"""One chat endpoint, through OpenAI's SDK: asked at a bounded rate, fitted to what it takes, until a reply is read.
+
+Retries, their pauses and ``Retry-After`` are the SDK's.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 
 import httpx2
-from tenacity import Retrying, retry_if_exception_type, wait_random_exponential
+import openai
 
 from mscke.construction.asked import TWINS, Fit
-from mscke.construction.replies import Unreadable, filtered, named_parameter, read_reply, shown
+from mscke.construction.replies import TOO_LARGE, Unreadable, filtered, named_parameter, read_reply, shown
 
-LONGEST_WAIT = 300  # seconds; an endpoint that asks for more (a day's quota, say) is an error
 PAID = 3  # replies to one question, all unreadable, after which it has none
 ROOM = 4096  # tokens, at least, for a reply that was cut off
-TOO_LARGE = re.compile("too (large|big|long)|exceed|at most|maximum|less than", re.IGNORECASE)
+PASSING = (408, 409, 429)  # and from 500 on: what the SDK tries again
 
 
 class JudgeError(RuntimeError):
@@ -28,10 +27,6 @@ class JudgeError(RuntimeError):
 
 class Unanswered(JudgeError):
     """This question gets no usable reply; others may."""
-
-
-class _TryAgain(Exception):
-    """This attempt failed in a way that another may not."""
 
 
 @dataclass
@@ -43,19 +38,21 @@ class Endpoint:
     per_minute: float
     attempts: int
     timeout: float
-    backoff: float
 
     def __post_init__(self):
         url = _address(self.base_url)
-        self.url = url.copy_with(path=url.path.rstrip("/") + "/chat/completions")
         self.shown = str(url.copy_with(userinfo=b"", query=None))  # in messages and in what is kept: no password
-        key = os.environ.get("OPENAI_API_KEY", "").strip()  # local endpoints need none
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise JudgeError("OPENAI_API_KEY holds characters that no key has (a line break, say): set it anew")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=self.concurrency)
-        self._client = httpx2.Client(headers=headers, timeout=self.timeout, limits=limits)
-        self._pace = _Pace(60 / self.per_minute)
+        hooks = {"request": [_Pace(60 / self.per_minute)]}
+        self._options = {} if key else {"headers": {"Authorization": openai.Omit()}}  # local endpoints need none
+        self._client = openai.OpenAI(
+            base_url=str(url.copy_with(query=None)), api_key=key or "none", max_retries=self.attempts - 1,
+            timeout=self.timeout, default_query=dict(url.params),
+            http_client=httpx2.Client(transport=_Whole(self.timeout, limits), event_hooks=hooks),
+        )  # fmt: skip
         self._fit = Fit(self.shown)
 
     def complete(self, body: dict, schema: dict) -> tuple[dict | None, dict]:
@@ -63,45 +60,22 @@ class Endpoint:
 
         Raises :class:`Unanswered` when this ``body`` gets no usable reply, :class:`JudgeError` when none does.
         """
-        unread = []
-
-        def attempt():
+        tries = min(PAID, self.attempts)
+        for tried in range(1, tries + 1):
             try:
-                return self._attempt(body, schema)
+                return self._ask(body, schema)
             except Unreadable as error:  # it was paid for
-                unread.append(error)
-                raise
+                if tried == tries or error.cut:
+                    said = f"no usable answer in {tried} attempts; the last one: {error}"
+                    raise Unanswered(f"{self.shown} gave {said}") from error
 
-        def enough(state):
-            in_vain = len(unread) >= PAID or any(error.cut for error in unread)
-            return in_vain or state.attempt_number >= self.attempts
-
-        attempts = Retrying(
-            stop=enough,
-            wait=wait_random_exponential(self.backoff, max=60),
-            retry=retry_if_exception_type((_TryAgain, Unreadable, httpx2.RequestError)),
-            reraise=True,
-        )
-        try:
-            return attempts(attempt)
-        except (_TryAgain, Unreadable, httpx2.RequestError) as error:
-            last, tried = str(error) or type(error).__name__, attempts.statistics["attempt_number"]
-            kind = Unanswered if isinstance(error, Unreadable) else JudgeError
-            raise kind(f"{self.shown} gave no usable answer in {tried} attempts; the last one: {last}") from error
-
-    def _attempt(self, body: dict, schema: dict) -> tuple[dict | None, dict]:
-        """One try; asked again at once without what the endpoint does not take, and with more room if cut off."""
+    def _ask(self, body: dict, schema: dict) -> tuple[dict | None, dict]:
+        """Asked again at once without what the endpoint does not take, and with more room if a reply was cut off."""
         room = 0
         while True:
-            self._pace.wait()
             sent = self._fit(body, room)
-            status, headers, content = self._post(sent)
+            status, content = self._post(sent)
             said = f"HTTP {status}: {shown(content)}"
-            if status in (408, 409, 425, 429) or status >= 500:
-                if (seconds := _retry_after(headers.get("retry-after", ""))) > LONGEST_WAIT:
-                    raise JudgeError(f"{self.shown} asks to wait for {seconds:.0f} s ({said})")
-                self._pace.hold(seconds)
-                raise _TryAgain(said)
             if status in (400, 403, 422, 451) and filtered(content, sent):
                 return None, {"said": said}
             if status in (400, 422) and (name := named_parameter(content, sent)):
@@ -118,39 +92,70 @@ class Endpoint:
             except Unreadable as error:
                 if room or not error.cut:
                     raise
-                room = max(ROOM, 4 * max(error.tokens, *(sent.get(name, 0) for name in TWINS)))
+                room = max(ROOM, 4 * max(error.tokens, *(sent.get(name) or 0 for name in TWINS)))
                 continue
             self._fit.leave_room(room)
             reply, rest = found
             without = sorted(set(body) - set(sent))
             return reply, rest | ({"without": without} if without else {})
 
-    def _post(self, body: dict) -> tuple[int, httpx2.Headers, bytes]:
-        """(status, headers, content). The timeout holds for the whole answer, not for each piece of it."""
-        deadline, content = time.monotonic() + self.timeout, b""
-        with self._client.stream("POST", self.url, json=body) as response:
-            for piece in response.iter_bytes():
-                content += piece
-                if time.monotonic() > deadline:
-                    raise httpx2.ReadTimeout(f"still sending after {self.timeout} s")
-            return response.status_code, response.headers, content
+    def _post(self, body: dict) -> tuple[int, bytes]:
+        """(status, content), as it came: endpoints put into it what no schema of the SDK's has."""
+        try:
+            response = self._client.post("/chat/completions", body=body, cast_to=httpx2.Response, options=self._options)
+            return response.status_code, response.content
+        except openai.APIStatusError as error:
+            if error.status_code not in PASSING and error.status_code < 500:
+                return error.status_code, error.response.content
+            wait = error.response.headers.get("retry-after")
+            last = f"HTTP {error.status_code}: {shown(error.response.content)}" + (
+                f", to wait for {wait} s" if wait else ""
+            )
+        except openai.APIConnectionError as error:
+            last = str(error.__cause__ or error)
+        raise JudgeError(f"{self.shown} gave no usable answer in {self.attempts} attempts; the last one: {last}")
 
 
 class _Pace:
-    """Lets threads go one by one, ``interval`` seconds apart, and later when any was told to wait."""
+    """Called before each request, it lets threads go one by one, ``interval`` seconds apart."""
 
     def __init__(self, interval: float):
         self.interval, self.next, self.lock = interval, 0.0, threading.Lock()
 
-    def wait(self) -> None:
+    def __call__(self, request: httpx2.Request | None = None) -> None:
         with self.lock:
             start = max(self.next, time.monotonic())
             self.next = start + self.interval
         time.sleep(max(0.0, start - time.monotonic()))
 
-    def hold(self, seconds: float) -> None:
-        with self.lock:
-            self.next = max(self.next, time.monotonic() + seconds)
+
+class _Whole(httpx2.HTTPTransport):
+    """Its timeout holds for the whole answer, not for each piece of it: some endpoints send blanks while they think."""
+
+    def __init__(self, seconds: float, limits: httpx2.Limits):
+        super().__init__(limits=limits)
+        self.seconds = seconds
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        deadline, response = time.monotonic() + self.seconds, super().handle_request(request)
+        response.stream = _Until(response.stream, deadline)
+        return response
+
+
+class _Until(httpx2.SyncByteStream):
+    """A stream that ends in a timeout after ``deadline``."""
+
+    def __init__(self, stream: httpx2.SyncByteStream, deadline: float):
+        self.stream, self.deadline = stream, deadline
+
+    def __iter__(self):
+        for piece in self.stream:
+            if time.monotonic() > self.deadline:
+                raise httpx2.ReadTimeout("the answer is not whole when its time is over")
+            yield piece
+
+    def close(self) -> None:
+        self.stream.close()
 
 
 def _address(url: str) -> httpx2.URL:
@@ -159,16 +164,5 @@ def _address(url: str) -> httpx2.URL:
             return found
     except httpx2.InvalidURL:
         pass
-    raise JudgeError(f"{url} is no http(s) address; mend OPENAI_BASE_URL")
-
-
-def _retry_after(value: str) -> float:
-    """Seconds that a ``Retry-After`` header asks for, given as a number or as a date; 0 if it says nothing."""
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return 0.0
+    hidden = url.rpartition("@")[2]  # a password stands before it
+    raise JudgeError(f"{hidden} is no http(s) address; mend OPENAI_BASE_URL")

@@ -1,6 +1,6 @@
 """A language model as judge, behind any OpenAI-compatible chat endpoint.
 
-Requests run concurrently at a bounded rate, failures are retried with back-off and jitter, and every
+Requests run concurrently at a bounded rate, OpenAI's SDK retries failures, and every
 reply is kept on disk under the content that was asked, with its prompt and model: what was judged once
 is never paid for again, whatever happens later. That the model refuses, or a content filter stops a request,
 is a reply too: its file says ``"reply": null``; delete it to ask again::
@@ -75,8 +75,7 @@ class Judge:
     """A client of one model. Safe to use from many threads.
 
     ``options`` are sent along; one that the endpoint turns down is left out from then on (:class:`Fit`).
-    One request takes at most ``attempts`` tries of ``timeout`` seconds; the waits between them grow from
-    ``backoff`` seconds, drawn at random, up to a minute. ``leave_out`` is the share of questions, rounded up,
+    One request takes at most ``attempts`` tries of ``timeout`` seconds. ``leave_out`` is the share of questions, rounded up,
     that :meth:`ask_all` may leave without a usable reply, one of a single one too; refusals are not among them.
     """
 
@@ -88,7 +87,6 @@ class Judge:
     per_minute: float = 300
     attempts: int = 8
     timeout: float = 60
-    backoff: float = 1
     leave_out: float = 0.05
 
     def __post_init__(self):
@@ -97,9 +95,9 @@ class Judge:
         for name in ("concurrency", "per_minute", "attempts", "timeout"):
             if not (value := getattr(self, name)) > 0:
                 raise ValueError(f"{name} is {value}; give more than 0")
-        self._endpoint = Endpoint(
-            self.base_url, self.concurrency, self.per_minute, self.attempts, self.timeout, self.backoff
-        )
+            if name in ("concurrency", "attempts") and value != int(value):
+                raise ValueError(f"{name} is {value}; give a whole number")
+        self._endpoint = Endpoint(self.base_url, self.concurrency, self.per_minute, self.attempts, self.timeout)
         self._locks = [threading.Lock() for _ in range(16**SHARD)]
 
     def ask_all(self, requests: Sequence[Request], desc: str = "") -> list[dict | NoReply]:

@@ -15,6 +15,7 @@ import jsonschema
 SHOWN = 300  # characters of what was said that an error repeats
 CUT = ("length", "max_tokens")  # finish reasons: the room was too small
 REFUSED = ("content_filter", "refusal", "safety")
+TOO_LARGE = re.compile("too (large|big|long)|exceed|at most|maximum|less than", re.IGNORECASE)
 _FILTER = re.compile(
     r"content.?filter|content.?policy|content management policy|responsible.?ai|moderation|safety system"
     r"|flagged|data_inspection|prohibited.?content",

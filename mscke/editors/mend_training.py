@@ -89,7 +89,10 @@ def train_mend(
 
     frozen = fingerprint(mend.base.model)
     code = code_of(
-        *(f"mscke.{m}" for m in ("editors.mend", "editors.deltas", "editors.reading", "editors.mend_training", "fit"))
+        *(
+            f"mscke.{m}"
+            for m in ("editors.mend", "editors.deltas", "editors.reading", "editors.mend_training", "training.fit")
+        )
     )
     made_of = {"records": digest(train), "frozen": frozen, "c_edit": c_edit, "c_loc": c_loc, "code": code}
     run = (folder, epochs, lr, batch_size, seed, made_of, partial(held_loss, share, validation, batch_size))

@@ -28,7 +28,7 @@ def plot_growth(rows: pd.DataFrame) -> Figure:
         place = {"xy": (route["n"].iloc[-1], passes.iloc[-1]), "xytext": (8, -3)}
         ax.annotate(name, **place, textcoords="offset points", fontsize=8, color=TEXT, annotation_clip=False)
     ax.plot(sizes, 1e3 * pd.concat([route["ours"][:-1], exact["baseline"]]), "o-", color=IN, label="exact search")
-    ax.plot(route["n"][-1:], 1e3 * route["ours"][-1:], "D", color=OUT, label="by eight-bit codes")
+    ax.plot(route["n"][-1:], 1e3 * route["ours"][-1:], "D", color=OUT, label="by four-bit codes")
     ax.set(xscale="log", yscale="log", xlabel="edits in memory", ylabel="milliseconds to route one query")
     ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
     ax.minorticks_off()

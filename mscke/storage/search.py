@@ -1,48 +1,24 @@
-"""The nearest of many embeddings: exactly, or after a first look at eight-bit codes of their principal axes.
+"""The nearest of many embeddings, by FAISS (Douze et al., 2024, arXiv 2401.08281): exactly, or after a look at codes.
 
-An exact search reads the whole matrix, a kilobyte an edit. The codes are a sixteenth of that; the thousand or
-so that they take for the nearest are then compared in full precision.
+An exact search reads every embedding, a kilobyte each. A product-quantised code has 32 bytes: four bits for each of 64
+parts of an embedding. Among many the search ranks the codes, and then compares the best thousand exactly.
 """
 
 from __future__ import annotations
 
+import math
+
+import faiss
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EXACT = 100_000  # embeddings of which every search reads all in full precision; among more it looks at codes first
-AXES = 64  # that are coded, of the embeddings' 256: integer products are quick in multiples of 64
-BLOCK = 32  # codes that are ranked together at first, by what the best can be: a million take longer than to score
-CANDIDATES = 1000  # about so many blocks are looked into, and so many edits compared in full precision
-STRIDE = 15  # one in so many is looked at to learn how near the nearest are: no divisor of a block
-AT_ONCE = 512  # queries: their products with the matrix stay in the processor's cache
-PIECES = 8  # of the product with a single query, so that all threads read
-
-
-def nearest(queries: Tensor, k: int, matrix: Tensor, squares: Tensor) -> Tensor:
-    """Places (B, k) of the embeddings nearest to each query (B, dim), the nearest first.
-
-    ``matrix`` (N, dim) float32: the embeddings; ``squares`` (N,): their squared lengths, infinite where one is
-    not to be found.
-    """
-    return torch.cat([_some(part, k, matrix, squares) for part in queries.split(AT_ONCE)])
-
-
-def _some(queries: Tensor, k: int, matrix: Tensor, squares: Tensor) -> Tensor:
-    """:func:`nearest` of a few; of a single query too at the speed of memory."""
-    n = len(matrix) // PIECES * PIECES
-    if len(queries) == 1 and n:
-        parts = torch.bmm(matrix[:n].view(PIECES, -1, matrix.shape[1]), queries.T.expand(PIECES, -1, 1))
-        product = torch.cat([parts.flatten(), matrix[n:] @ queries[0]])
-        distance = torch.add(squares, product, alpha=-2).unsqueeze(0)  # and ‖query‖², the same in a row
-    else:
-        distance = torch.addmm(squares, queries, matrix.T, alpha=-2)
-    return distance.topk(k, largest=False)[1]
-
-
-def squared_lengths(embeddings: Tensor) -> Tensor:
-    """‖z‖² (N,) of embeddings (N, dim)."""
-    return torch.cat([part.square().sum(-1) for part in embeddings.split(AT_ONCE)])  # they stay in the cache
+EXACT = 100_000  # embeddings up to which every search is exact; the codes are learnt on as many
+PARTS = 64  # of an embedding, each coded by four bits
+CANDIDATES = 1000  # of the codes, that are compared exactly
+TIES = 8  # more than asked for, whose distances are computed anew: FAISS rounds in batches otherwise than alone
+AT_ONCE = 64  # queries, whose candidates are compared together
 
 
 def checked(embeddings: Tensor, n: int, dim: int) -> Tensor:
@@ -65,97 +41,87 @@ class Index:
     """
 
     def __init__(self, embeddings: Tensor):
-        self._room = self.matrix = embeddings.contiguous()
-        self._norms, self.here = squared_lengths(embeddings), torch.zeros(len(embeddings), dtype=torch.bool)
-        self._codes = Codes(self.matrix, EXACT) if len(embeddings) > EXACT else None
+        self.here = torch.zeros(0, dtype=torch.bool)
+        self._vectors = faiss.IndexFlatL2(embeddings.shape[1])
+        self._codes: faiss.IndexPQFastScan | None = None
+        self.add(embeddings)
         self.look()
 
+    @property
+    def matrix(self) -> Tensor:
+        """(N, dim): a view of what FAISS holds, until something is added."""
+        n, dim = self._vectors.ntotal, self._vectors.d
+        if n == 0:
+            return torch.empty(0, dim)
+        return torch.from_numpy(faiss.rev_swig_ptr(self._vectors.get_xb(), n * dim).reshape(n, dim))
+
     def add(self, embeddings: Tensor) -> None:
-        """Give new ones (M, dim) their places. The matrix grows by doubling: it is not copied for each."""
-        n, total = len(self.matrix), len(self.matrix) + len(embeddings)
-        if total > len(self._room):
-            self._room = F.pad(self.matrix, (0, 0, 0, max(n, total - n)))
-        self._room[n:total] = embeddings
-        self.matrix = self._room[:total]
+        """Give new ones (M, dim) their places."""
+        self._vectors.add(embeddings.contiguous().numpy())
+        self.here = F.pad(self.here, (0, len(embeddings)))
         if self._codes:
-            self._codes.add(embeddings)
-        elif total > EXACT:
-            self._codes = Codes(self.matrix, EXACT)
-        self._norms = torch.cat([self._norms, squared_lengths(embeddings)])
-        self.here = torch.cat([self.here, torch.zeros(len(embeddings), dtype=torch.bool)])
+            self._codes.add(_padded(embeddings))
+        elif self._vectors.ntotal > EXACT:
+            self._codes = coded(self.matrix)
 
     def look(self) -> None:
-        """Search from now on what is here: elsewhere a squared length is infinite."""
+        """Search from now on what is here."""
         self.ids = self.here.nonzero().flatten()
-        self._squares = torch.where(self.here, self._norms, torch.inf)
-        if self._codes:
-            self._codes.look(self._squares)
+        bits = np.packbits(self.here.numpy(), bitorder="little")
+        chosen = {"sel": faiss.IDSelectorBitmap(bits)} if len(self.ids) < len(self.here) else {}
+        self._chosen = faiss.SearchParameters(**chosen)
 
     def nearest(self, queries: Tensor, k: int, exact: bool) -> tuple[Tensor, Tensor]:
         """(squared distances, places), both (B, min(k, how many are here)), of those nearest to queries (B, dim)."""
-        if k < 1 or queries.ndim != 2 or queries.shape[1] != self.matrix.shape[1]:
+        if k < 1 or queries.ndim != 2 or queries.shape[1] != self._vectors.d:
             raise ValueError(
                 f"the {k} nearest to queries of shape {tuple(queries.shape)}: give k of 1 or more, and queries "
-                f"(B, {self.matrix.shape[1]}) of this memory's classifier"
+                f"(B, {self._vectors.d}) of this memory's classifier"
             )
         if not queries.isfinite().all():
             raise ValueError("a query's embedding is not finite: has its classifier been trained, and read whole?")
-        k = min(k, len(self.ids))
-        if exact or len(self.ids) <= EXACT or not len(queries):
-            places = nearest(queries, k, self.matrix, self._squares)
-        else:
-            places = torch.stack([self._codes.nearest(query, k, self.matrix) for query in queries])
-        return (queries.unsqueeze(1) - self.matrix[places]).square().sum(-1), places
+        k, queries = min(k, len(self.ids)), queries.contiguous()
+        if k == 0 or not len(queries):
+            return torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.long)
+        faiss.omp_set_num_threads(torch.get_num_threads())  # a fork must have one
+        approximately = self._codes and not exact and len(self.ids) > EXACT
+        places = self._by_codes(queries, k) if approximately else self._exactly(queries, k + TIES)
+        parts = [self._ranked(*part, k) for part in zip(queries.split(AT_ONCE), places.split(AT_ONCE), strict=True)]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+    def _exactly(self, queries: Tensor, n: int) -> Tensor:
+        """Places (B, n) of the nearest that are here."""
+        found = self._vectors.search(queries.numpy(), min(n, len(self.ids)), params=self._chosen)
+        return torch.from_numpy(found[1])
+
+    def _by_codes(self, queries: Tensor, k: int) -> Tensor:
+        """Places (B, n) of those whose codes are nearest, so many that about :data:`CANDIDATES` of them are here."""
+        n = math.ceil((CANDIDATES + k) * len(self.here) / len(self.ids))
+        places = torch.from_numpy(self._codes.search(_padded(queries), min(n, len(self.here)))[1])
+        few = (self.here[places] & (places >= 0)).sum(1) < k
+        if few.any():  # those that were removed are the nearest
+            places[few] = -1
+            places[few, :k] = self._exactly(queries[few], k)
+        return places
+
+    def _ranked(self, queries: Tensor, places: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest of each query's candidates (B, n) that are here; of equal ones the first."""
+        places = places.sort(1)[0]
+        distance = (queries.unsqueeze(1) - self.matrix[places]).square().sum(-1)
+        distance = distance.masked_fill((places < 0) | ~self.here[places], torch.inf)
+        rank = distance.argsort(stable=True, dim=1)[:, :k]
+        return distance.gather(1, rank), places.gather(1, rank)
 
 
-class Codes:
-    """Codes (N, AXES) int8 of embeddings (N, dim) float32, on the principal axes of the first ``some`` of them.
-
-    These are the same however many have come since, so that a memory opened again finds what it found before.
-    """
-
-    def __init__(self, embeddings: Tensor, some: int):
-        some = embeddings[:some]
-        self.axes = torch.linalg.eigh(some.T @ some)[1][:, -AXES:]  # (dim, AXES), not centred: lengths count
-        self.step = (some @ self.axes).abs().max().clamp(min=1e-12) / 127
-        self.codes = _eight_bits(embeddings @ self.axes, self.step)
-
-    def add(self, embeddings: Tensor) -> None:
-        """Code more of them (M, dim)."""
-        self.codes = torch.cat([self.codes, _eight_bits(embeddings @ self.axes, self.step)])
-
-    def look(self, squares: Tensor) -> None:
-        """Search by these squared lengths (N,) from now on: infinite where an embedding is not to be found."""
-        whole = len(squares) // BLOCK * BLOCK
-        self.squares, self.by_block = squares, squares[:whole].view(-1, BLOCK)
-        self.least = self.by_block.amin(1)
-
-    def nearest(self, query: Tensor, k: int, matrix: Tensor) -> Tensor:
-        """Places (k,) of the embeddings nearest to one query (dim,), the nearest first: approximately.
-
-        ``matrix`` (N, dim) float32: the embeddings.
-        """
-        coordinates, whole = query @ self.axes, len(self.least) * BLOCK
-        n = max(STRIDE * k, CANDIDATES)  # of the sample at least k
-        step = coordinates.abs().max().clamp(min=1e-12) / 127
-        product = torch._int_mm(_eight_bits(coordinates.unsqueeze(0), step), self.codes.T)[0]
-        products, scale = product[:whole].view(-1, BLOCK), -2 * float(self.step * step)
-        # ‖z − q‖² − ‖q‖², estimated: at best in each block, then of all in the best blocks
-        blocks = _least(torch.add(self.least, products.amax(1), alpha=scale), n)
-        squares, products = (each.index_select(0, blocks) for each in (self.by_block, products))
-        best = _least(torch.add(squares, products, alpha=scale).flatten(), n)
-        places = blocks[best // BLOCK] * BLOCK + best % BLOCK
-        places = torch.cat([places, torch.arange(whole, len(product))])  # those that fill no block, all of them
-        squared = torch.addmv(self.squares[places], matrix.index_select(0, places), query, alpha=-2)
-        return places[squared.topk(k, largest=False)[1]]
+def coded(embeddings: Tensor) -> faiss.IndexPQFastScan:
+    """Codes of embeddings (N, dim), learnt on the first :data:`EXACT` of them: a memory that has grown since has the same."""
+    vectors = _padded(embeddings)
+    codes = faiss.IndexPQFastScan(vectors.shape[1], min(PARTS, embeddings.shape[1]), 4)
+    codes.train(vectors[:EXACT])
+    codes.add(vectors)
+    return codes
 
 
-def _eight_bits(coordinates: Tensor, step: Tensor) -> Tensor:
-    return (coordinates / step).round_().clamp_(-127, 127).to(torch.int8)
-
-
-def _least(values: Tensor, n: int) -> Tensor:
-    """Places, ascending, of about the n least of values (N,): all up to the value that a sample puts there."""
-    if n >= len(values):
-        return torch.arange(len(values))
-    return (values <= values[::STRIDE].kthvalue(-(-n // STRIDE))[0]).nonzero().flatten()
+def _padded(embeddings: Tensor) -> np.ndarray:
+    """With zeros up to a width that can be cut into equal parts."""
+    return F.pad(embeddings, (0, -embeddings.shape[1] % min(PARTS, embeddings.shape[1]))).numpy()

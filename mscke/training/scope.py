@@ -30,10 +30,8 @@ IN_ROLES = (True, True, True, False, False)
 FINE_GRAINED = (0.25, 0.25, 0.5, 0.8, 0.2)
 AS_RELEASED = (0.5, 0.5, 0.0, 0.0, 1.0)  # SERAC's: the edit and its rephrasing against unrelated text
 
-HERE = (
-    "mscke.training.scope",
-    "mscke.training.fit",
-)  # what a training does is named by these and by its model's module
+# what a training does is named by these and by its model's module
+HERE = ("mscke.training.scope", "mscke.training.fit")
 Share = Callable[[Sequence[EditRecord], slice], Tensor]  # what a part of some records adds to their loss
 
 
