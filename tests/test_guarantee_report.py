@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from mscke.evaluation.calibration import calibration_gaps, expected_error, random_cuts
-from mscke.report.guarantee import error_interval, mean_interval, plot_cuts, plot_price, plot_reliability
-from mscke.report.tables import write_table
+from mscke.report.guarantee import error_interval, plot_cuts, plot_price, plot_reliability
+from mscke.report.tables import mean_interval, write_table
 
 
 @pytest.fixture(scope="module")

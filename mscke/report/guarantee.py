@@ -12,14 +12,9 @@ from matplotlib.figure import Figure
 
 from mscke.evaluation.calibration import BINS, bin_of, calibration_gaps, expected_error
 from mscke.report.figures import IN, OUT, metric_label
-from mscke.report.tables import bootstrap, resampled_means
+from mscke.report.tables import resampled_means
 
 GUIDE = {"color": "#222222", "lw": 1, "ls": (0, (4, 3))}
-
-
-def mean_interval(values: np.ndarray) -> dict[str, float]:
-    """value, lo, hi: the mean of shares (n,) and its bootstrap 95 % interval."""
-    return dict(zip(("value", "lo", "hi"), (float(v[0]) for v in bootstrap(values[:, None])), strict=True))
 
 
 def error_interval(probability: np.ndarray, in_scope: np.ndarray) -> dict[str, float]:

@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import torch
 from IPython import get_ipython
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from nbformat import NotebookNode
 
 from mscke.benchmark.sample import EditRecord
@@ -33,10 +34,15 @@ MARK = "# needs of its records: "
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
-def begin(track: str = "", dpi: int = 80) -> tuple[Track, Benchmark]:
-    """The track ``track`` (see :func:`mscke.config.get_track`) and its records; figures are shown at ``dpi``."""
+def begin(track: str = "", dpi: int = 80, jpeg: bool = False) -> tuple[Track, Benchmark]:
+    """The track ``track`` (see :func:`mscke.config.get_track`) and its records.
+
+    Figures are shown at ``dpi``, as JPEG if they are pictures rather than lines; their files have their own.
+    """
     use_style()
     plt.rcParams["figure.dpi"] = dpi
+    if jpeg:
+        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 66})
     torch.set_num_threads(2)
     settings = get_track(track)
     bench = load_benchmark(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,17 @@ def bootstrap(values: np.ndarray, n_boot: int = 2000, seed: int = 0) -> tuple[np
     means = resampled_means(values, n_boot, seed)
     lo, hi = np.percentile(means, (2.5, 97.5), axis=0)
     return values.mean(0), lo, hi
+
+
+def mean_interval(values: np.ndarray) -> dict[str, float]:
+    """value, lo, hi: the mean of values (n,) and its bootstrap 95 % interval."""
+    return dict(zip(("value", "lo", "hi"), (float(v[0]) for v in bootstrap(values[:, None])), strict=True))
+
+
+def interval(shares: Sequence[float]) -> dict[str, float]:
+    """value, lo, hi, n: the mean of shares (n,) and its bootstrap 95 % interval, in per cent."""
+    found = mean_interval(np.asarray(shares, float))
+    return {key: 100 * value for key, value in found.items()} | {"n": len(shares)}
 
 
 def resampled_means(values: np.ndarray, n_boot: int = 2000, seed: int = 0) -> np.ndarray:
