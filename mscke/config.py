@@ -24,7 +24,7 @@ class Track:
     counterfactual_epochs: int
     mend_epochs: int
     ike_records: int = 30  # validation records on which IKE's number of demonstrations is chosen
-    light: str = ""  # the one that 07_beyond's grounded classifier reads, left out of 04; "": ``clip``
+    light: str = ""  # the one that 07_grounded's classifier reads, left out of 04; "": ``clip``
     validation: float = 0.1  # share of train
     seed: int = 0
     fetched: bool = False  # data and models come through mscke.fetching.store; nothing is generated

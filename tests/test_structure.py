@@ -132,6 +132,24 @@ def test_notebooks_take_literal_parameters(path):
         ast.literal_eval(node.value)  # injected parameters come after this cell: derive nothing in it
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_read_in_small_pieces(path):
+    sources = ["".join(c["source"]) for c in cells(path)]
+    assert len(sources[1].splitlines()) <= 15, "of imports: import modules, or move work into the package"
+    for source in sources:
+        assert len(source.splitlines()) <= 25, source
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 12, node.name
+        top = [n for n in ast.parse(source).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert not top or source == sources[1], "imports stand in one cell, the first after the parameters"
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
+def test_committed_notebooks_are_light(path):
+    assert path.stat().st_size <= 300_000
+
+
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
 def test_committed_notebooks_are_executed_in_order(path):
     counts = [c["execution_count"] for c in cells(path)]

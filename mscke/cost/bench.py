@@ -29,6 +29,7 @@ from mscke.cost import bench_memory
 from mscke.cost.timing import alike, compare, encoding, many
 from mscke.editors import build
 from mscke.editors.finetune import FineTune
+from mscke.editors.grid import Shared, contenders
 from mscke.editors.mscke import MSCKE
 from mscke.evaluation.protocol import evaluate
 from mscke.evaluation.run import made_of
@@ -155,12 +156,9 @@ def editing(track: Track, bench: Benchmark) -> pd.DataFrame:
 
 
 def memory(track: Track, bench: Benchmark) -> pd.DataFrame:
-    """The rows of ``memory_…``; to a thousand edits only where the track is a small one.
-
-    The codes' axes and candidates were chosen on validation queries; these are the test records'.
-    """
+    """The rows of ``memory_…`` for the grounded classifier; to a thousand edits only where the track is a small one."""
     sizes = bench_memory.SIZES if len(bench.test) > 1000 else bench_memory.SIZES[:4]
-    classifier, _ = build.classifier(track, "MSCKE")
+    classifier, _ = Shared.of(track).trained(contenders(track)["grounded"])
     with tempfile.TemporaryDirectory(dir=track.outputs) as folder:
         return pd.DataFrame(bench_memory.rows(classifier, bench.test, folder, sizes))
 

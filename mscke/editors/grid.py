@@ -60,6 +60,12 @@ class Spec:
         return track.outputs / "trained" / "-".join(map(str, parts))
 
 
+def contenders(track: Track) -> dict[str, Spec]:
+    """``paper``: ``dot`` over patches, as §3 describes it; ``grounded``: ours, on the light CLIP."""
+    light = track.light or track.clip
+    return {"paper": Spec("dot", encoder=track.clip), "grounded": Spec("grounded", encoder=light, supervision="crowd")}
+
+
 def recipe(track: Track, spec: Spec) -> dict:
     """How the track trains this classifier: arguments of :func:`train_classifier`."""
     return {"epochs": track.classifier_epochs} | track.recipe("classifier", spec.fusion)

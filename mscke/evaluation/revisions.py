@@ -10,6 +10,7 @@ thing, or something else. Every answer is an :class:`mscke.memory.EditMemory`'s 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -29,9 +30,9 @@ KINDS = {  # what a second edit's prompt is to the first one's, by how hard the 
 }
 
 
-def earlier_answer(record: EditRecord) -> str:
-    """What an edit that this record's revises may have said: the answer before, where the record tells it."""
-    return record.meta.get("original") or "nothing"
+def earlier(record: EditRecord) -> Edit:
+    """An edit that this record's revises: to the answer before, where the record tells it."""
+    return replace(record.edit, answer=record.meta.get("original") or "nothing")
 
 
 def embed_edits(classifier: ScopeClassifier, edits: Sequence[Edit]) -> torch.Tensor:
@@ -44,7 +45,7 @@ def second_edits(record: EditRecord, elsewhere: str) -> list[tuple[str, Edit]]:
 
     ``elsewhere``: another picture. Whether the edits are a revision is known: the first two are, the others are not.
     """
-    image, edit, before = record.edit.image, record.edit, earlier_answer(record)
+    image, edit, before = record.edit.image, record.edit, earlier(record).answer
     found = [
         ("the same words", Edit(image, edit.prompt, before)),
         ("reworded", Edit(image, record.rephrase.question, before)),
@@ -80,14 +81,14 @@ def answered_by_later(classifier: ScopeClassifier, records: Sequence[EditRecord]
     of it, or both stay; of two that stand the nearer answers. No other record's edits are in the way."""
     asked = [role for role, inside in zip(ROLES, IN_ROLES, strict=True) if inside]
     z = classifier.embed([r.queries[role] for r in records for role in asked])
-    earlier = [Edit(r.edit.image, r.edit.prompt, earlier_answer(r)) for r in records]
+    first = [earlier(r) for r in records]
     prompts = {"the same words": "reliability", "reworded": "generality"}
-    frames, z_earlier = [], embed_edits(classifier, earlier)
+    frames, z_earlier = [], embed_edits(classifier, first)
     for prompt, role in prompts.items():
         later = [Edit(r.edit.image, r.queries[role].question, r.edit.answer) for r in records]
         z_later = embed_edits(classifier, later)
         memory = EditMemory.of(classifier)
-        memory.add(earlier, z_earlier)
+        memory.add(first, z_earlier)
         memory.add(later, z_later)
         replaced = torch.zeros(len(memory.log()[0].ids) + len(later), dtype=torch.bool)
         replaced[list(memory.log()[-1].replaced)] = True

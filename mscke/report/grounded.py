@@ -60,6 +60,15 @@ def slice_rows(found: np.ndarray, slices: Mapping[str, np.ndarray]) -> pd.DataFr
     return pd.concat(parts, ignore_index=True)
 
 
+def cards(records: Sequence[EditRecord]) -> list[dict]:
+    """Pictures with their edit and its two fine-grained questions, for :func:`mscke.report.pictures.plot_failures`."""
+    asked = lambda r: [f"in: {r.in_scope.question}", f"out: {r.out_of_scope.question}"]  # noqa: E731
+    lines = [[f"{r.edit.prompt} → {r.edit.answer}", *asked(r)] for r in records]
+    return [
+        {"image": np.asarray(open_image(r.edit.image)), "lines": said} for r, said in zip(records, lines, strict=True)
+    ]
+
+
 def before_and_after(
     records: Sequence[EditRecord], before: np.ndarray, after: np.ndarray, each: int = 2, threshold: float = 0.5
 ) -> list[dict]:

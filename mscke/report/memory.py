@@ -1,6 +1,10 @@
-"""The growing memory, drawn: how long a query takes to find its edit among one to a million."""
+"""Of 09_memory: a writer that is killed, and how long a query takes to find its edit among one to a million."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -8,6 +12,27 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from mscke.report.figures import IN, OUT, TEXT
+
+WRITER = """
+import sys, torch
+from mscke.benchmark.sample import Edit
+from mscke.memory import EditMemory
+memory = EditMemory.open(sys.argv[1], "abc", 256)
+while True:
+    edit = Edit(sys.argv[2], f"prompt {len(memory)}", "answer")
+    print(memory.add([edit], torch.full((1, 256), float(len(memory))))[0], flush=True)
+"""
+
+
+def killed_writer(folder: Path, image: str, after: int = 20) -> list[int]:
+    """Let another process write edits into a memory at ``folder``, one by one, and kill it once it has been told of
+    ``after``: the ids that it was told were stored."""
+    command = [sys.executable, "-c", WRITER, folder, image]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        told = [writer.stdout.readline() for _ in range(after)]
+        writer.kill()
+        told += writer.stdout.readlines()
+    return [int(line) for line in told if line.endswith("\n")]
 
 
 def plot_growth(rows: pd.DataFrame) -> Figure:

@@ -15,6 +15,7 @@ from pathlib import Path
 from mscke.config import ROOT, get_track
 from mscke.system.files import replacing
 
+SHOWN = 30  # rows of a table, at most; a longer one is linked
 HEAD = """# Figures and tables
 
 Written by the notebooks, and this page by `mscke.report.registry`: to change a figure, change its notebook.
@@ -58,6 +59,8 @@ def _show(folder: Path, name: str, caption: str) -> str:
         body = f"![{alt}]({name}.png)"
     elif "md" in found:
         body = (folder / f"{name}.md").read_text(encoding="utf-8").strip()
+        if (rows := body.count("\n") - 1) > SHOWN:
+            body = f"[{rows} rows]({name}.md)"
     else:
         return ""
     return f"### {Path(name).name}\n\n{body}\n\n{caption} ({files})\n"

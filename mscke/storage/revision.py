@@ -10,7 +10,8 @@ Two edits state the same fact when they are about the same picture and their pro
 
 Limits. A picture that was saved anew is another picture. Where a thing is called by another of its names ("on the red
 card", "at the top left"), or something else is asked that follows ("is it an animal?"), the words do not show that it is
-the same fact. A classifier may take it for one; else both edits stay, and the nearer answers. Two questions that a classifier cannot tell apart are one fact to it. Notebook 07 measures all of these.
+the same fact. A classifier may take it for one; else both edits stay, and the nearer answers. Two questions
+that a classifier cannot tell apart are one fact to it. Notebook 09 measures all of these.
 """
 
 from __future__ import annotations
