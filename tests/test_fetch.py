@@ -19,6 +19,7 @@ from test_sample import a_row
 
 from mscke.benchmark.sample import RecordError
 from mscke.config import TRACKS
+from mscke.fetching import __main__ as command
 from mscke.fetching import coco, download, hub
 from mscke.fetching import store as fetch
 from mscke.fetching.download import download as get
@@ -379,14 +380,14 @@ def test_records_with_a_bad_field_are_left_out_and_noted(online, tmp_path, monke
     train = a_store(tmp_path, online).benchmark(SIZES)["train"]
     assert [r.id for r in train.records] == [0, 1, 2] and list(train.left_out) == [3]
     assert f"/{NAMES[3]}" not in asked(online)
-    monkeypatch.setattr(fetch, "open_store", lambda *_: a_store(tmp_path, online))
+    monkeypatch.setattr(command, "open_store", lambda *_: a_store(tmp_path, online))
     small = {f"n_{split}": size for split, size in SIZES.items()} | {
         "backbones": {},
         "clips": {},
         "counterfactuals": {},
     }
     monkeypatch.setitem(TRACKS, "paper", dataclasses.replace(TRACKS["paper"], **small))
-    assert fetch.main([]) == 0
+    assert command.main([]) == 0
     said = capsys.readouterr().out
     assert "train: 1 records with a bad field are left out" in said and 'record 3, field "rephrase": found' in said
 
@@ -540,12 +541,12 @@ def test_options_come_from_the_environment(tmp_path, monkeypatch):
 
 
 def test_the_command_fetches_everything_or_says_what_is_missing(online, tmp_path, monkeypatch, capsys, weights):
-    monkeypatch.setattr(fetch, "open_store", lambda *_: a_store(tmp_path, online))
+    monkeypatch.setattr(command, "open_store", lambda *_: a_store(tmp_path, online))
     sources = {"backbones": {"MiniGPT-4": f"minigpt4:{EYES}+{EYES}"}, "clips": {}, "counterfactuals": {}}
     sizes = {f"n_{split}": size for split, size in SIZES.items()}
     small = dataclasses.replace(TRACKS["paper"], **sources, **sizes)
     monkeypatch.setitem(TRACKS, "paper", small)
-    assert fetch.main([]) == 1 and f"{EYES} cannot be fetched" in capsys.readouterr().err
+    assert command.main([]) == 1 and f"{EYES} cannot be fetched" in capsys.readouterr().err
     online.publish(EYES, SHARDED)
     online.publish(fetch.SPACE, {fetch.PROJECTION: weights}, "space")
-    assert fetch.main([]) == 0 and "paper.lock.json: commit it" in capsys.readouterr().out
+    assert command.main([]) == 0 and "paper.lock.json: commit it" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from PIL import Image
 from test_questions import meant, read, reply, touches
 
 from mscke import config
+from mscke.benchmark import write
 from mscke.benchmark.facts import N_COUNTRIES, locality_facts, world_facts
 from mscke.benchmark.generate import OUT_OF_SCOPE, generate, record
 from mscke.benchmark.load import load_records
@@ -122,7 +123,7 @@ def test_interrupted_leaves_no_json(tmp_path, monkeypatch):
     def stop(scene):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(generate.__globals__, "render", stop)
+    monkeypatch.setattr(write, "render", stop)
     with pytest.raises(KeyboardInterrupt):
         generate(tmp_path, "test", 3)
     assert not list(tmp_path.glob("test_data.*"))

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from mscke.report import figures, paper, pictures, registry, tables, verify
+from mscke.report import data, figures, main_results, paper, pictures, registry, tables, training, verify
 from mscke.report import notebook as clean
 
 SHARES = {"reliability": 0.97, "generality": 0.9, "locality": 1.0, "m_in": 0.6, "m_out": 0.8}
@@ -153,12 +153,12 @@ WEIGHTS = [w / w.sum() for w in RNG.random((3, 36))]
 CURVE = pd.DataFrame({"epoch": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "right_in_scope": [0.5, 0.6, 0.7]})
 CASE = {"image": IMAGES[0], "lines": ["Missed", "What is the thing on the red card? → owl", "ρ = 0.31"]}
 PLOTS = {
-    "main": lambda s, r: figures.plot_main_results(s, "generated"),
-    "all": lambda s, r: figures.plot_main_results(s, "teacher_forced", list(tables.LABELS)),
-    "curves": lambda s, r: figures.plot_curves(CURVE, {"Loss": ["loss"], "Right (%)": ["right_in_scope"]}),
-    "scores": lambda s, r: figures.plot_score_histogram(RNG.random(50), [0.1, 0.2], 0.5, [0.0, 0.1]),
+    "main": lambda s, r: main_results.plot_main_results(s, "generated"),
+    "all": lambda s, r: main_results.plot_main_results(s, "teacher_forced", list(tables.LABELS)),
+    "curves": lambda s, r: training.plot_curves(CURVE, {"Loss": ["loss"], "Right (%)": ["right_in_scope"]}),
+    "scores": lambda s, r: training.plot_score_histogram(RNG.random(50), [0.1, 0.2], 0.5, [0.0, 0.1]),
     "breakdown": lambda s, r: figures.plot_breakdown(r, ["metric", "protocol"], hue="method"),
-    "text": lambda s, r: figures.plot_text_similarity(np.linspace(0.2, 1, 30), np.linspace(0, 0.9, 40)),
+    "text": lambda s, r: data.plot_text_similarity(np.linspace(0.2, 1, 30), np.linspace(0, 0.9, 40)),
     "scene": lambda s, r: pictures.plot_scene(IMAGES[0], title="a scene"),
     "attention": lambda s, r: pictures.plot_attention(IMAGES[0], WEIGHTS[0], "What is on the red card?"),
     "grid": lambda s, r: pictures.plot_attention_grid(IMAGES, WEIGHTS, ["a", "b", "c"], columns=2),
@@ -183,7 +183,7 @@ def test_figure_files_are_the_same_bytes_drawn_again_or_saved_again(name, tmp_pa
 
 
 def test_the_main_figure_shows_every_number(summary):
-    ax = figures.plot_main_results(summary, "generated").axes[3]  # BLIP-2-mini, specificity
+    ax = main_results.plot_main_results(summary, "generated").axes[3]  # BLIP-2-mini, specificity
     shown = sorted(float(np.ravel(x)[0]) for line in ax.lines if len(x := line.get_xdata()) == 1)
     ours = summary.query("backbone == 'BLIP-2-mini' and protocol == 'generated' and metric == 'specificity'")
     assert shown == pytest.approx(sorted(ours["value"]))
@@ -207,7 +207,7 @@ def test_weights_that_are_no_square_are_refused():
 
 def test_the_index_shows_all_that_was_registered(tmp_path, summary):
     caption = "Main results, ρ ≥ 0.5 [both\n backbones]."
-    figure = figures.plot_main_results(summary)
+    figure = main_results.plot_main_results(summary)
     figures.save_figure(figure, "main", tmp_path, caption, "03_main_results")
     tables.write_table(summary, "main", tmp_path, tables.wide(summary), "As a table.", "03_main_results.ipynb")
     tables.write_table(summary[:1], "unlisted", tmp_path)

@@ -834,7 +834,6 @@ def test_after_an_undo_the_model_answers_as_before(path, classifier, mllm, recor
 def test_a_memory_opened_again_is_searched_by_the_same_codes(path, image, monkeypatch):
     monkeypatch.setattr(search, "EXACT", 1000)
     monkeypatch.setattr(search, "CANDIDATES", 40)
-    monkeypatch.setattr(search, "BLOCK", 8)
     torch.manual_seed(0)
     z = torch.nn.functional.normalize(torch.randn(2000, 128), dim=-1)
     memory = EditMemory.open(path, "abc", 128)
@@ -934,6 +933,6 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match=r"cannot be written to .*No space left"):
+    with pytest.raises(OSError, match=r"cannot be written \(No space left"):
         write_out(tmp_path / "pictures", b"a picture's bytes", "a.png")
     assert not any((tmp_path / "pictures").iterdir())

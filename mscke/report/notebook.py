@@ -11,6 +11,7 @@ stderr. Execution counts become 1 … n. The same outputs give the same bytes. A
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,11 @@ import matplotlib.pyplot as plt
 import nbformat
 import torch
 from IPython import get_ipython
+from IPython.core.pylabtools import print_figure
+from matplotlib.figure import Figure
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from nbformat import NotebookNode
+from PIL import Image
 
 from mscke.benchmark.sample import EditRecord
 from mscke.config import Track, get_track
@@ -34,20 +38,30 @@ MARK = "# needs of its records: "
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
-def begin(track: str = "", dpi: int = 80, jpeg: bool = False) -> tuple[Track, Benchmark]:
+def begin(track: str = "", jpeg: bool = False) -> tuple[Track, Benchmark]:
     """The track ``track`` (see :func:`mscke.config.get_track`) and its records.
 
-    Figures are shown at ``dpi``, as JPEG if they are pictures rather than lines; their files have their own.
+    Figures are shown in few bytes: in 64 colours, or as JPEG where they are pictures rather than lines.
     """
     use_style()
-    plt.rcParams["figure.dpi"] = dpi
-    if jpeg:
-        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 66})
     torch.set_num_threads(2)
     settings = get_track(track)
     bench = load_benchmark(settings)
     skip_untold(bench.test)
+    if jpeg:
+        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 66})
+        plt.rcParams["figure.dpi"] = 68
+    elif shell := get_ipython():
+        shell.display_formatter.formatters["image/png"].for_type(Figure, few_colours)
     return settings, bench
+
+
+def few_colours(fig: Figure) -> bytes:
+    """The figure as a PNG of at most 64 colours."""
+    out = io.BytesIO()
+    image = Image.open(io.BytesIO(print_figure(fig, "png"))).convert("RGB")
+    image.quantize(64, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return out.getvalue()
 
 
 def clean(notebook: NotebookNode) -> NotebookNode:

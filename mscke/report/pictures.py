@@ -21,7 +21,7 @@ VEIL = LinearSegmentedColormap.from_list("veil", [(0.07, 0.08, 0.16, 0.78), (0.0
 def as_jpeg(fig: Figure) -> Image:
     """The figure for a notebook's page, as a JPEG: of scenes it has a third of a PNG's bytes. The figure is closed."""
     page = io.BytesIO()
-    fig.savefig(page, format="jpeg", dpi=90, pil_kwargs={"quality": 75})
+    fig.savefig(page, format="jpeg", dpi=78, pil_kwargs={"quality": 70})
     plt.close(fig)
     return Image(page.getvalue(), format="jpeg")
 

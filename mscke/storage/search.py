@@ -80,7 +80,7 @@ class Index:
             )
         if not queries.isfinite().all():
             raise ValueError("a query's embedding is not finite: has its classifier been trained, and read whole?")
-        k, queries = min(k, len(self.ids)), queries.contiguous()
+        k, queries = min(k, len(self.ids)), queries.detach().contiguous()
         if k == 0 or not len(queries):
             return torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.long)
         faiss.omp_set_num_threads(torch.get_num_threads())  # a fork must have one
