@@ -29,6 +29,7 @@ from mscke.models.clip import side_texts
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.decoding import generate
 from mscke.models.mllm import MLLM
+from mscke.storage.search import Index
 
 PARTS = {  # the paper's parts -> what a query that reaches them passes through
     "scope classifier": ("CLIP text", "CLIP image", "classifier head", "memory lookup"),
@@ -122,11 +123,12 @@ def flops(call: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products, convolutions and attention in ``call``.
 
     A multiplication and an addition are two. torch's counter knows no fused attention on a CPU: it is
-    made to be computed as the matrix products that it is.
+    made to be computed as the matrix products that it is. An exact search is the product of query and embeddings.
     """
+    before = Index.flops
     with FlopCounterMode(display=False) as counter, torch.inference_mode(), _unfused():
         call()
-    return counter.get_total_flops()
+    return counter.get_total_flops() + Index.flops - before
 
 
 @contextmanager

@@ -40,6 +40,8 @@ class Index:
     ``here`` (N,) bool may be set; :meth:`look` then takes note of it, and of what was added. ``ids``: their places.
     """
 
+    flops = 0  # of all exact searches in this process: torch's counter does not see FAISS
+
     def __init__(self, embeddings: Tensor):
         self.here = torch.zeros(0, dtype=torch.bool)
         self._vectors = faiss.IndexFlatL2(embeddings.shape[1])
@@ -91,6 +93,7 @@ class Index:
 
     def _exactly(self, queries: Tensor, n: int) -> Tensor:
         """Places (B, n) of the nearest that are here."""
+        Index.flops += 2 * len(self.ids) * queries.numel()
         found = self._vectors.search(queries.numpy(), min(n, len(self.ids)), params=self._chosen)
         return torch.from_numpy(found[1])
 
