@@ -1,7 +1,7 @@
 """The multimodal scope classifier (§3 of the paper): is a query within the scope of an edit?
 
-CLIP encodes image and text; a *fusion* turns the two into one embedding z; the squared distance of
-two embeddings gives ρ ∈ (0, 1). One embedding an (image, text) pair, so a memory is a matrix::
+CLIP encodes image and text. A *fusion* turns the two into one embedding z. The squared distance of two embeddings gives
+ρ ∈ (0, 1). A pair (image, text) has one embedding, so a memory of edits is a matrix::
 
     classifier = ScopeClassifier("local-dir:…/clip-mini-l", fusion="dot")
     z_edit = classifier.embed([Query(t_e, i_e)], answers=[y_e])     # (1, d)
@@ -35,22 +35,25 @@ SIMILARITIES = ("logistic", "exponential")
 class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
     """ρ(edit, query) from image and text, on a frozen CLIP. Only what is trained here is saved.
 
-    ``fusion``: how text h_t and image h_i become z —
-    * ``text``: the text alone; ``concat``: [h_t; h_i], the pooled image, through one head;
-    * ``dot_pooled``: the authors' released form, in which the text attends over *pooled* images. Over
-      a single image the attention has one key, so it is the image itself: with a head for each half
-      the image halves of two pairs on one image cancel, and ρ depends on the text alone;
-    * ``cross``: learned multi-head cross-attention of the text over the patch tokens;
-    * ``dot``: dot-product attention in CLIP's joint space, of the text over the image's patches;
-    * ``grounded`` (ours): ``dot``, and beside what the text points at what a few learned readers take from
-      its words. CLIP's one vector a text is made to find a thing in a picture: it tells *which* entity is
-      meant and hardly *what* is asked of it. The states of the words, which the same pass gives, do.
+    ``fusion``: how the text h_t and the image h_i become z.
 
-    ``similarity``: with d² = ‖z_e − z_q‖²,
-    * ``logistic`` (default): ρ = σ(s·(m − d²)) on unit vectors, s and m learned. Its log-likelihood
-      is linear in d² wherever a pair is on the wrong side, so no pair stops training;
-    * ``exponential``: ρ = exp(−d²) on unnormalised z, as released; a loss taken on ρ itself has no
-      gradient left at d² ≈ 60, so both are trained through :meth:`logit`.
+    * ``text``: the text alone.
+    * ``concat``: [h_t; h_i], with the pooled image, through one head.
+    * ``dot_pooled``: the authors' released form. The text attends over *pooled* images. Of a single image there is one
+      key, so the attention gives that image, whatever the text. Two pairs on one image then differ in their text halves
+      alone: ρ cannot depend on what the picture shows.
+    * ``cross``: the text attends over the patch tokens, by learned multi-head cross-attention.
+    * ``dot``: the text attends over the patches by dot products in CLIP's joint space. Nothing of that is learned but a
+      temperature.
+    * ``grounded`` (ours): ``dot``, and a few learned readers of the text's words. CLIP's one vector a text is made to find
+      a thing in a picture. It tells *which* thing is meant, and hardly *what* is asked of it. The states of the words do.
+
+    ``similarity``: how d² = ‖z_e − z_q‖² becomes ρ.
+
+    * ``logistic`` (default): ρ = σ(s·(m − d²)) on unit vectors; s and m are learned. Where a pair is on the wrong side,
+      its log-likelihood is linear in d², so it goes on training.
+    * ``exponential``: ρ = exp(−d²) on vectors of any length, as released. At d² ≈ 60 a loss on ρ has no gradient left, so
+      both forms are trained through :meth:`logit`.
     """
 
     readers = 4  # of ``grounded``

@@ -1,7 +1,7 @@
-"""The multimodal edit memory: edits beside their embeddings; the base model is never touched.
+"""The multimodal edit memory (§3): edits beside their embeddings. The base model is never touched.
 
-In RAM, or durable when opened on a path; both answer and forget alike. A later edit of the same fact
-(:mod:`mscke.storage.revision` says which that is) takes an earlier one's place::
+It lives in RAM, or is durable when opened on a path. Both answer and forget alike. A later edit of a fact takes the place
+of an earlier one; :mod:`mscke.storage.revision` says when two edits state one fact::
 
     memory = EditMemory.of(classifier, "memory")    # begun there if there is none
     ids = memory.add(edits, embeddings)     # on disk when it returns
@@ -29,12 +29,11 @@ from mscke.storage.store import EditStore
 
 @in_turn("embed_again")  # which takes minutes
 class EditMemory:
-    """Edits (image, prompt, answer) and a matrix of their embeddings.
+    """Edits (image, prompt, answer) and a matrix of their embeddings, a row an edit.
 
-    Each edit is embedded once, when it is written; a lookup is one matrix product. An id is a place in the
-    matrix and never used again: what is removed keeps its place, so that it can be brought back. ``within``:
-    squared distance up to which two edits on one picture state the same fact, as :meth:`of` has it from a
-    classifier. Threads may share it.
+    Each edit is embedded once, when it is written. Its id is its row, and is never used again. What is removed keeps
+    its row, so that it can be brought back. ``within``: squared distance up to which two edits on one picture state
+    the same fact; :meth:`of` takes it from a classifier. Threads may share a memory.
     """
 
     def __init__(self, dim: int, fingerprint: str = ""):
@@ -53,12 +52,14 @@ class EditMemory:
     def open(
         cls, path: str | Path, fingerprint: str | None = None, dim: int | None = None, read_only: bool = False
     ) -> EditMemory:
-        """The memory kept in folder ``path``; with ``dim`` a new one where there is none, without it FileNotFoundError.
+        """The memory kept in folder ``path``. With ``dim`` it is begun if there is none, else FileNotFoundError.
 
-        One writer at a time (BlockingIOError), any number of readers, who see it as it was when they
-        opened it and write nothing into it. It knows no classifier: by :meth:`of` the same fact in other words is revised
-        too. Raises ValueError if another classifier than ``fingerprint`` wrote it, or it is damaged. An edit shows the picture that it was stored with, whatever became of the file until now (a
-        warning says so); a file overwritten while the memory is open is noticed when it is opened again.
+        One process writes at a time (else BlockingIOError). Any number read: they see it as it was when they opened it.
+        It knows no classifier, so the same fact in other words is revised only in a memory of :meth:`of`. An edit shows
+        the picture that it was stored with; a warning says if its file was overwritten since. A file that is
+        overwritten while the memory is open is noticed when it is opened again.
+
+        Raises ValueError if another classifier than ``fingerprint`` wrote it, or if it is damaged.
         """
         store = EditStore(path, dim, fingerprint, read_only)
         try:
@@ -99,10 +100,10 @@ class EditMemory:
         return self._index.matrix[self._index.ids]
 
     def add(self, edits: Sequence[Edit], embeddings: Tensor) -> list[int]:
-        """Store edits with their embeddings (N, dim); returns their ids. Earlier edits that one of them revises
-        are no longer found: :meth:`log` says which, and :meth:`undo` brings them back.
+        """Store edits with their embeddings (N, dim); returns their ids.
 
-        Raises ValueError when the embeddings have another shape, or are not finite.
+        Earlier edits that one of them revises are no longer found. :meth:`log` says which; :meth:`undo` brings them
+        back. Raises ValueError when the embeddings have another shape, or are not finite.
         """
         z = checked(embeddings, len(edits), self.dim)
         ids = range(n := len(self._edits), n + len(edits))
@@ -143,8 +144,8 @@ class EditMemory:
     def nearest(self, embeddings: Tensor, k: int = 1, exact: bool = False) -> tuple[Tensor, Tensor]:
         """The k nearest edits of each query: (squared distances, ids), both (B, min(k, N)) on the CPU.
 
-        Found exactly up to :data:`mscke.storage.search.EXACT` edits, beyond them by their codes unless ``exact`` is asked for.
-        Raises ValueError for a query that is not finite or of another width, or k below 1.
+        The search is exact up to :data:`mscke.storage.search.EXACT` edits, and by their codes beyond, unless ``exact``.
+        Raises ValueError for a query that is not finite or of another width, and for k below 1.
         """
         return self._index.nearest(embeddings.to(self._index.matrix), k, exact)
 

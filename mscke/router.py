@@ -14,8 +14,11 @@ from mscke.memory import EditMemory
 
 @dataclass(frozen=True)
 class Route:
-    """``edit_id`` (B,) long: the edit that answers each query, −1 for none; ``rho`` (B,) float in
-    [0, 1]: the score of the best edit, whether taken or not (0 with an empty memory)."""
+    """Where queries go.
+
+    ``edit_id`` (B,) long: the edit that answers each query, −1 for none. ``rho`` (B,) float in [0, 1]: the score of the
+    best edit, whether it is taken or not; 0 with an empty memory.
+    """
 
     edit_id: Tensor
     rho: Tensor
@@ -42,8 +45,8 @@ class ScopeRouter:
     def route(self, queries: Sequence[Query], among: Tensor | None = None) -> Route:
         """Route (B) queries against the whole memory.
 
-        ``among`` (B,) long restricts each query to one edit, as if the memory held that edit alone:
-        the paper's protocol, for many records in one batch.
+        ``among`` (B,) long names one edit for each query, as if the memory held that edit alone. That is the paper's
+        protocol, for many records in one batch.
         """
         if len(self.memory) == 0:
             return Route(torch.full((len(queries),), -1), torch.zeros(len(queries)))
