@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from mscke.benchmark.sample import RecordError
 from mscke.classifier import FUSIONS, ScopeClassifier
@@ -384,3 +387,13 @@ def test_figures_go_where_they_are_told(monkeypatch, tmp_path):
     assert get_track("mini").figures == ROOT / "figures" and get_track("smoke").figures != ROOT / "figures"
     monkeypatch.setenv("MSCKE_FIGURES", str(tmp_path))
     assert {get_track(name).figures for name in TRACKS} == {tmp_path}
+
+
+def test_in_8_bits_a_log_is_not_flooded(track):
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    with warnings.catch_warnings():
+        config = AutoConfig.from_pretrained(sources.find(track, track.backbones["BLIP-2 OPT"]))
+        rounded = sources.eight_bit(config)
+        assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
+    last = f"language_model.model.decoder.layers.{config.text_config.num_hidden_layers - 1}"
+    assert rounded.load_in_8bit and last in rounded.llm_int8_skip_modules

@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -112,7 +114,12 @@ def check_memory(name: str, needed: int, device: torch.device, rounded: bool) ->
 
 
 def eight_bit(config) -> BitsAndBytesConfig:
-    """The language model's matrices in 8-bit integers, but for the last layer, which is copied and trained."""
+    """The language model's matrices in 8-bit integers, but for the last layer, which is copied and trained.
+
+    bitsandbytes says at every product in bfloat16 that it casts: from now on it does not.
+    """
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
     decoder = "model.decoder" if config.text_config.model_type == "opt" else "model"
     last = f"language_model.{decoder}.layers.{config.text_config.num_hidden_layers - 1}"
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[*UNROUNDED, last])
