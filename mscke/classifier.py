@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mscke.benchmark.sample import Query
 from mscke.models.attention import attend_folded, sum_patches
 from mscke.models.clip import ClipEncoder, Features
-from mscke.models.features import fingerprint
+from mscke.models.names import fingerprint
 from mscke.storage.revision import SAME
 
 FUSIONS = ("text", "concat", "dot_pooled", "cross", "dot")  # those that the paper speaks of

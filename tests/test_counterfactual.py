@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from mscke.benchmark.answers import strict_answer
 from mscke.models.counterfactual import CounterfactualModel, LastLayers
-from mscke.models.features import fingerprint
+from mscke.models.names import fingerprint
 
 pytest_plugins = ["tiny"]
 

@@ -8,8 +8,8 @@ from mscke.classifier import ScopeClassifier
 from mscke.editors.mscke import MSCKE, own_edits
 from mscke.editors.serac import MiniLMEncoder
 from mscke.models.counterfactual import CounterfactualModel
-from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
+from mscke.models.names import fingerprint
 
 pytest_plugins = ["tiny"]
 

@@ -8,8 +8,8 @@ import torch
 from mscke.benchmark.answers import strict_answer
 from mscke.editors.deltas import DeltaModel, Dense, LowRank, applied, matrices
 from mscke.editors.finetune import FineTune, choose_rate
-from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
+from mscke.models.names import fingerprint
 
 pytest_plugins = ["tiny"]
 

@@ -9,7 +9,7 @@ from mscke.classifier import ScopeClassifier
 from mscke.config import get_track
 from mscke.editors.grid import Shared, Spec
 from mscke.editors.ideas import IDEAS, Averaged, OneReader, SecondStep, TwoCodes
-from mscke.models.features import fingerprint
+from mscke.models.names import fingerprint
 
 pytest_plugins = ["tiny"]
 

@@ -10,8 +10,8 @@ from mscke.editors import build
 from mscke.editors.ike import IKE, ROTATION, InContextModel, choose_k, demonstration, largest_k
 from mscke.editors.mscke import own_edits
 from mscke.editors.serac import MiniLMEncoder
-from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
+from mscke.models.names import fingerprint
 from mscke.models.prompts import IN_CONTEXT, TEMPLATE
 from mscke.training.scope import ROLES
 

@@ -15,8 +15,8 @@ from mscke.editors.mend import MEND, MendNetworks
 from mscke.editors.mend_training import mend_loss, train_mend
 from mscke.editors.mscke import MSCKE
 from mscke.editors.reading import read
-from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
+from mscke.models.names import fingerprint
 from mscke.models.prompts import embed
 
 pytest_plugins = ["tiny"]

@@ -2,6 +2,8 @@
 
 import gc
 import hashlib
+import os
+import shutil
 import weakref
 
 import pytest
@@ -14,8 +16,10 @@ from mscke.benchmark.answers import strict_answer
 from mscke.benchmark.sample import Query
 from mscke.config import ASSETS
 from mscke.models import mllm as module
+from mscke.models import names
 from mscke.models.decoding import generate, teacher_force
 from mscke.models.mllm import MLLM, load_pixels
+from mscke.models.names import fingerprint
 from mscke.models.prompts import IN_CONTEXT, embed
 
 pytest_plugins = ["tiny"]
@@ -81,7 +85,7 @@ def test_backbones_with_the_same_eyes_share_features_on_disk(mllm_folders, recor
     second = MLLM.from_pretrained(mllm_folders["llama"], "MiniGPT-4", cache=tmp_path)
     monkeypatch.setattr(MLLM, "_look", lambda *_: pytest.fail("looked again"))
     assert torch.equal(second.features(paths), features)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("qformer-*"))) == 1
 
 
 def test_an_image_written_anew_is_looked_at_anew(mllm_folders, tmp_path):
@@ -121,7 +125,7 @@ def test_other_eyes_share_nothing(mllm_folders, tmp_path):
 def test_frozen_weights_are_named_once(mllm_folders, records, monkeypatch):
     """Making a model costs no hash, and however many are made around one, its weights are hashed once."""
     hashed, sha256 = [], hashlib.sha256
-    monkeypatch.setattr("mscke.models.features.hashlib.sha256", lambda *a: hashed.append(1) or sha256(*a))
+    monkeypatch.setattr("mscke.models.names.hashlib.sha256", lambda *a: hashed.append(1) or sha256(*a))
     mllm = MLLM.from_pretrained(mllm_folders["opt"], "BLIP-2")
     others = [MLLM(mllm.model, mllm.tokenizer, "again") for _ in range(3)]
     assert not hashed
@@ -129,6 +133,37 @@ def test_frozen_weights_are_named_once(mllm_folders, records, monkeypatch):
         one.features([records[0].edit.image])
     queries = len(others)  # the query tokens, no module of their own, are hashed for each
     assert len(hashed) == 3 + queries
+
+
+def test_names_outlive_their_process(mllm_folders, tmp_path, monkeypatch):
+    """As long as the files are those, and nothing changed the weights since."""
+    folder = shutil.copytree(mllm_folders["opt"], tmp_path / "model")
+    hashed, as_it_is = [], names._hash
+    monkeypatch.setattr(names, "_hash", lambda tensors: hashed.append(1) or as_it_is(tensors))
+
+    def named(change=None, **options):
+        mllm = MLLM.from_pretrained(folder, "BLIP-2", cache=tmp_path / "cache", **options)
+        if change:
+            change(mllm.model)
+        hashed.clear()
+        return (mllm.eyes(), fingerprint(mllm.model)), len(hashed)
+
+    def louder(model):
+        with torch.no_grad():
+            model.vision_model.embeddings.class_embedding.add_(1)
+
+    found, n = named()
+    assert n == 4  # what sees, the query tokens, and all of it
+    assert named() == (found, 1)  # the query tokens are no module of their own
+    changed, n = named(louder)
+    assert n == 3 and changed[0] != found[0] and changed[1] != found[1]
+    assert named() == (found, 1)
+    assert named(dtype=torch.bfloat16)[1] == 4
+    (weights,) = folder.glob("*.safetensors")
+    os.utime(weights, ns=(1, 1))
+    assert named() == (found, 4)
+    (tmp_path / "cache" / names.KEPT).write_text("[1")
+    assert named() == (found, 4) and named() == (found, 1)
 
 
 def test_a_model_is_gone_when_nobody_holds_it(mllm_folders, records):

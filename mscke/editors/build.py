@@ -26,8 +26,8 @@ from mscke.editors.serac import MiniLMEncoder
 from mscke.fetching.track import Benchmark, load_benchmark
 from mscke.models.clip import ClipEncoder
 from mscke.models.counterfactual import CounterfactualModel
-from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
+from mscke.models.names import fingerprint
 from mscke.models.room import check_records
 from mscke.models.sources import load_mllm, make_counterfactual
 from mscke.system.files import code_of, read_kept, replacing

@@ -16,7 +16,7 @@ from mscke.benchmark.sample import EditRecord
 from mscke.editors.deltas import applied
 from mscke.editors.mend import MEND
 from mscke.editors.reading import Reading, read
-from mscke.models.features import fingerprint
+from mscke.models.names import fingerprint
 from mscke.system.files import code_of
 from mscke.training.fit import fit
 from mscke.training.scope import IN_ROLES, ROLES, digest, held_loss, of_rows, tokens

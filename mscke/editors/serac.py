@@ -18,7 +18,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from mscke.benchmark.sample import Query
 from mscke.models.clip import Features, side_texts
-from mscke.models.features import FeatureTable, fingerprint
+from mscke.models.features import FeatureTable
+from mscke.models.names import fingerprint
 from mscke.models.room import Room
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from mscke.benchmark.pictures import open_image
 from mscke.benchmark.sample import Query
 from mscke.models.attention import patch_cosine
-from mscke.models.features import FeatureTable, ImageTable, fingerprint
+from mscke.models.features import FeatureTable, ImageTable
+from mscke.models.names import fingerprint
 from mscke.models.room import Room
 
 WORDS = 32  # of a text, that are kept: those of a real CLIP have room for 77

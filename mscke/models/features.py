@@ -8,36 +8,17 @@ are asked for: the memory of a process does not grow with the table, and process
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-
-_NAMED: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = WeakKeyDictionary()  # frozen ones, as they were then
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Sixteen hex digits that name a module's weights. Those of a frozen one are hashed once, and again only where
-    torch has seen one of them change since."""
-    tensors = sorted(module.state_dict().items())
-    frozen = not any(p.requires_grad for p in module.parameters())
-    now = tuple((name, t.data_ptr(), None if t.is_inference() else t._version) for name, t in tensors)
-    if frozen and (known := _NAMED.get(module)) and known[0] == now:
-        return known[1]
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    _NAMED[module] = now, digest.hexdigest()[:16]
-    return _NAMED[module][1]
 
 
 class Column:

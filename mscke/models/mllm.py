@@ -21,7 +21,8 @@ from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTraine
 from mscke.benchmark.pictures import open_image
 from mscke.benchmark.sample import Query
 from mscke.models.decoding import NEW_TOKENS, Forced, by_length, generate, teacher_force
-from mscke.models.features import ImageTable, fingerprint
+from mscke.models.features import ImageTable
+from mscke.models.names import fingerprint, loaded_from
 from mscke.models.prompts import FORMATS, IMAGE_TOKEN, PromptEncoder
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's and BLIP-2's
@@ -88,6 +89,8 @@ class MLLM:
         model = Blip2ForConditionalGeneration.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, **kwargs
         )
+        if cache:
+            loaded_from(folder, model, cache, repr(kwargs.get("quantization_config")))
         return cls(model, AutoTokenizer.from_pretrained(folder), name, cache, image_size, batch_size)
 
     @cached_property

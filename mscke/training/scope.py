@@ -19,8 +19,8 @@ from mscke.classifier import ScopeClassifier
 from mscke.models.clip import Features
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.decoding import in_batches
-from mscke.models.features import fingerprint
 from mscke.models.mllm import MLLM
+from mscke.models.names import fingerprint
 from mscke.system.files import code_of
 from mscke.training.fit import fit
 
