@@ -644,3 +644,21 @@ def test_a_picture_that_is_none_is_named_before_anything_is_asked(damage, judge,
     with serve(length) as server, pytest.raises(PictureError, match=r"picture\.png"):
         judge(server).ask(Request(COUNT, {"word": "a"}, picture))
     assert not server.bodies
+
+
+def test_half_a_character_is_named_before_anything_is_asked(judge):
+    with serve(length) as server, pytest.raises(ValueError, match=r"facts: word is 'a\\ud83d'"):
+        judge(server).ask(Request(COUNT, {"word": "a\ud83d"}))
+    assert not server.bodies
+
+
+@pytest.mark.parametrize("setting", ["concurrency", "attempts"])
+def test_a_count_is_whole(setting, tmp_path):
+    with pytest.raises(ValueError, match=f"{setting} is 1.5; give a whole number"):
+        Judge(tmp_path, **{setting: 1.5})
+
+
+def test_no_bound_on_tokens_is_none(judge):
+    with serve(length, [says('{"n": [', finish="length")]) as server, pytest.warns(UserWarning, match="4096"):
+        assert judge(server, options={"max_tokens": None}).ask(words(1)[0]) == {"n": 1}
+    assert [body["max_tokens"] for body in server.bodies] == [None, 4096]

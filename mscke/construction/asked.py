@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mscke.benchmark.answers import is_text
 from mscke.benchmark.pictures import ORIENTATION, check_image, open_image
 
 LONGEST_SIDE = 2048  # pixels; larger pictures are scaled down, as endpoints do themselves
@@ -25,8 +26,11 @@ def facts_text(facts: dict) -> str:
     """``facts`` as JSON in which ``<``, ``|`` and their like are escaped (``\\u003c``).
 
     The JSON means the same, and no special token of a chat model (``<|im_start|>``, ``</s>``, ``<image>``, ``[INST]``)
-    nor a turn's mark (``###``) stands in it, whatever a question says.
+    nor a turn's mark (``###``) stands in it, whatever a question says. Raises ValueError for half a character.
     """
+    for name, value in facts.items():
+        if not is_text(str(value)):
+            raise ValueError(f"facts: {name} is {value!r}, with half a character; write it anew")
     text = json.dumps(facts, ensure_ascii=False)
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # these stand in strings only
 

@@ -133,6 +133,7 @@ class Judge:
         does not work, :class:`PictureError` for an image that is none.
         """
         task, image = request.task, request.image
+        told = facts_text(request.facts)
         plain = json.dumps(request.facts, ensure_ascii=False)  # named by what is asked, not by how it is sent
         asked = self._body(task, plain, image and "sha256:" + _digest(file_url(image)))
         digest = _digest(json.dumps(asked))
@@ -144,7 +145,7 @@ class Judge:
                     jsonschema.validate(reply, task.schema)
             # a disk that lost half of it, or someone who mended it by hand
             except (FileNotFoundError, ValueError, LookupError, TypeError, jsonschema.ValidationError):
-                body = self._body(task, facts_text(request.facts), image and picture_url(image))
+                body = self._body(task, told, image and picture_url(image))
                 try:
                     reply, answer = self._endpoint.complete(body, task.schema)
                 except JudgeError as error:
