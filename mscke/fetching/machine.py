@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
@@ -42,9 +41,9 @@ class Room:
 
 def by_disk(rooms: Iterable[Room]) -> list[list[Room]]:
     """Those that share a disk together."""
-    found = defaultdict(list)
+    found = {}
     for room in rooms:
-        found[room.there.stat().st_dev].append(room)
+        found.setdefault(room.there.stat().st_dev, []).append(room)
     return list(found.values())
 
 
