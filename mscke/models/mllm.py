@@ -32,7 +32,12 @@ def load_pixels(paths: Sequence[str], size: int) -> Tensor:
     """Images as BLIP-2 reads them: resized to ``size``², normalised; float32 (B, 3, size, size)."""
     images = [open_image(p) for p in paths]
     images = [i if i.size == (size, size) else i.resize((size, size), Image.Resampling.BICUBIC) for i in images]
-    pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 255
+    return normalise([np.asarray(i) for i in images])
+
+
+def normalise(images: Sequence[np.ndarray]) -> Tensor:
+    """uint8 images (H, W, 3) as BLIP-2 and CLIP read them: float32 (B, 3, H, W)."""
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
@@ -47,14 +52,9 @@ class MLLM:
     """
 
     def __init__(
-        self,
-        model: Blip2ForConditionalGeneration,
-        tokenizer: PreTrainedTokenizerBase,
-        name: str,
-        cache: Path | None = None,
-        image_size: int | None = None,
-        batch_size: int = 128,
-    ):
+        self, model: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, name: str,
+        cache: Path | None = None, image_size: int | None = None, batch_size: int = 128,
+    ):  # fmt: skip
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         text, visual = model.config.text_config, model.config.num_query_tokens
         room = (text.max_position_embeddings, NEW_TOKENS)
@@ -65,30 +65,22 @@ class MLLM:
                 f"{self.encoder.image_id} in its tokenizer; take both from one revision"
             )
         self.image_size = image_size or model.config.vision_config.image_size
-        self.batch_size = batch_size
-        self.cache = cache
+        self.batch_size, self.cache = batch_size, cache
         self._answers: dict[Query, str] = {}
         self._forced: dict[tuple[Query, str], Forced] = {}
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder: str | Path,
-        name: str,
-        cache: Path | None = None,
-        image_size: int | None = None,
-        batch_size: int = 128,
-        **kwargs,
-    ) -> MLLM:
+        cls, folder: str | Path, name: str, cache: Path | None = None, image_size: int | None = None,
+        batch_size: int = 128, **kwargs,
+    ) -> MLLM:  # fmt: skip
         """Load a model saved in transformers' own format (safetensors only).
 
         ``cache``: a folder in which the images' features survive the process. ``kwargs`` go to
         transformers: ``dtype`` (float32 unless told), ``device_map``, ``quantization_config``.
         """
-        kwargs = {"dtype": torch.float32} | kwargs
-        model = Blip2ForConditionalGeneration.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, **kwargs
-        )
+        kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False} | kwargs
+        model = Blip2ForConditionalGeneration.from_pretrained(folder, **kwargs)
         if cache:
             loaded_from(folder, model, cache, repr(kwargs.get("quantization_config")))
         return cls(model, AutoTokenizer.from_pretrained(folder), name, cache, image_size, batch_size)
@@ -126,8 +118,7 @@ class MLLM:
 
     def see(self, queries: Sequence[Query]) -> Tensor | None:
         """Visual tokens (V, n, d) of the queries that have an image, in order."""
-        paths = [q.image for q in queries if q.image is not None]
-        if not paths:
+        if not (paths := [q.image for q in queries if q.image is not None]):
             return None
         weight = self.model.language_projection.weight
         with torch.inference_mode():
