@@ -27,9 +27,8 @@ from mscke.models.prompts import IN_CONTEXT, Batch, embed
 class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
     """A small text model of the base model's family, with a visual projection of its own.
 
-    ``text_config`` is a transformers text config as a dict; ``visual_width`` the Q-Former's width.
-    Use :meth:`beside` or :meth:`pretrained` to make one for a base model, and :meth:`attach` after loading.
-    Its weights are float32; beside a base model in bfloat16 it computes in mixed precision.
+    ``text_config``: a transformers text config as a dict; ``visual_width``: the Q-Former's. After loading,
+    :meth:`attach` it. Its weights are float32; beside a base model in bfloat16 it computes in mixed precision.
     """
 
     def __init__(self, text_config: dict, visual_width: int):

@@ -17,12 +17,9 @@ NEW_TOKENS = 6  # at most, of an answer, unless the track's records have longer 
 
 @torch.inference_mode()
 def generate(
-    language_model: nn.Module,
-    encoder: PromptEncoder,
-    prompts: list[list[int]],
-    visual: Tensor | None,
+    language_model: nn.Module, encoder: PromptEncoder, prompts: list[list[int]], visual: Tensor | None,
     max_new_tokens: int | None = None,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Greedy answers, of at most ``max_new_tokens`` (the encoder's ``reserve``, unless given).
 
     ``visual`` (V, n, d): one entry for each prompt with placeholders, in order.
@@ -61,13 +58,9 @@ class Forced:
 
 @torch.inference_mode()
 def teacher_force(
-    language_model: nn.Module,
-    encoder: PromptEncoder,
-    prompts: list[list[int]],
-    answers: list[list[int]],
-    visual: Tensor | None,
-    k: int = 10,
-) -> list[Forced]:
+    language_model: nn.Module, encoder: PromptEncoder, prompts: list[list[int]], answers: list[list[int]],
+    visual: Tensor | None, k: int = 10,
+) -> list[Forced]:  # fmt: skip
     """Predict every token given the gold ones before it (the paper's protocol), and whether the answer ends there."""
     batch = encoder.collate(prompts, [[*answer, encoder.eos_id] for answer in answers])
     device = next(language_model.parameters()).device
