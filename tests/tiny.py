@@ -14,6 +14,7 @@ from mscke.benchmark.load import load_records
 from mscke.classifier import ScopeClassifier
 from mscke.models.clip import ClipEncoder
 from mscke.models.mllm import MLLM
+from mscke.models.tiny import write_clip
 from mscke.pretraining import bridge, clip, language, text
 
 torch.set_num_threads(1)  # tensors this small gain nothing from a second thread; waiting for it costs
@@ -39,6 +40,14 @@ def clip_name(tmp_path_factory):
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     weights = {k: v.half().contiguous() for k, v in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="session")
+def openai_name(tmp_path_factory):
+    """A CLIP of random weights with OpenAI's own tokenizer, as open_clip has it on the hub."""
+    folder = tmp_path_factory.mktemp("openai") / "clip"
+    write_clip(folder, 32)
     return f"local-dir:{folder}"
 
 
