@@ -20,7 +20,7 @@ from test_sample import a_row
 from mscke.benchmark.sample import RecordError
 from mscke.config import TRACKS
 from mscke.fetching import __main__ as command
-from mscke.fetching import coco, download, hub
+from mscke.fetching import coco, download
 from mscke.fetching import store as fetch
 from mscke.fetching.download import download as get
 from mscke.fetching.lock import FetchError, Lock
@@ -392,17 +392,6 @@ def test_an_unsound_model_is_named_and_never_locked(tmp_path, change, message):
     with pytest.raises(FetchError, match=message):
         a_store(tmp_path, models=own).model("an/m")
     assert locked(tmp_path) == {}
-
-
-def test_a_cut_shard_is_fetched_whole(online, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
-    big = save({"x": torch.randn(5000)})
-    commit = online.publish("a/big", {"config.json": b"{}", "model.safetensors": big})
-    hub.snapshot("a/big", ["config.json"], commit, online=True)  # lists the files: the next GET is the shard's
-    online.cuts = [9000]
-    folder = hub.snapshot("a/big", ["*.safetensors"], commit, online=True)
-    assert (folder / "model.safetensors").read_bytes() == big
-    assert online.cuts == [] and online.fetched("model.safetensors") == 2
 
 
 def test_a_hub_that_refuses_is_an_error(online, tmp_path):

@@ -34,7 +34,7 @@ class Lock:
             raise FetchError(f"{path} is not a lock file ({error!r}); restore it, or delete it to trust anew") from None
 
     def revision(self, source: str) -> str | None:
-        """The commit or HTTP validator that ``source`` was fetched at, None where that is not known."""
+        """The commit that ``source`` was fetched at, None where that is not known."""
         return self.entries.get(source, {}).get("revision")
 
     def verify(self, source: str, files: Mapping[str, Path]) -> dict[str, str]:
