@@ -10,7 +10,7 @@ and trained (the paper's Vicuna).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mscke.benchmark.sample import Edit, Query
-from mscke.models.decoding import Forced, by_length, generate, teacher_force
+from mscke.models.decoding import Forced, ask_all, generate, teacher_force
 from mscke.models.mllm import MLLM
 from mscke.models.prompts import IN_CONTEXT, Batch, embed
 
@@ -99,32 +99,22 @@ class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
             logits = self.language_model.lm_head(hidden.last_hidden_state[labels >= 0])
         return nn.functional.cross_entropy(logits.float(), labels[labels >= 0])
 
-    @torch.inference_mode()
     def answer(self, queries: Sequence[Query], edits: Sequence[Edit], batch_size: int | None = None) -> list[str]:
         """Greedy answers to (B) queries, each under its own edit."""
-        prompts = self.prompts(queries, edits)
+        return self._ask(generate, queries, edits, batch_size)
 
-        def ask(rows: list[int]) -> list[str]:
-            visual = self.see([queries[i] for i in rows])
-            return generate(self.language_model, self.base.encoder, [prompts[i] for i in rows], visual)
-
-        with self.mixed():
-            return by_length(prompts, ask, batch_size or self.base.batch_size)
-
-    @torch.inference_mode()
     def force(
         self, queries: Sequence[Query], edits: Sequence[Edit], answers: Sequence[str], batch_size: int | None = None
     ) -> list[Forced]:
         """Teacher-forced predictions of (B) gold answers, each under its own edit."""
-        encoder, prompts = self.base.encoder, self.prompts(queries, edits)
-        ids = [encoder.answer(a, eos=False) for a in answers]
+        gold = [self.base.encoder.answer(a, eos=False) for a in answers]
+        return self._ask(teacher_force, queries, edits, batch_size, gold)
 
-        def ask(rows: list[int]) -> list[Forced]:
-            texts, visual = (([t[i] for i in rows] for t in (prompts, ids)), self.see([queries[i] for i in rows]))
-            return teacher_force(self.language_model, encoder, *texts, visual)
-
+    @torch.inference_mode()
+    def _ask(self, ask: Callable, queries, edits, batch_size: int | None, *answers: list[list[int]]) -> list:
+        prompts, size = self.prompts(queries, edits), batch_size or self.base.batch_size
         with self.mixed():
-            return by_length(prompts, ask, batch_size or self.base.batch_size)
+            return ask_all(ask, self.language_model, self.base.encoder, queries, self.see, size, prompts, *answers)
 
 
 class _Base:

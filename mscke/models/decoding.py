@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mscke.benchmark.answers import strict_answer
+from mscke.benchmark.sample import Query
 from mscke.models.prompts import PromptEncoder, embed
 
 NEW_TOKENS = 6  # at most, of an answer, unless the track's records have longer ones
@@ -86,3 +87,16 @@ def by_length(prompts: list[list[int]], ask: Callable[[list[int]], list], size: 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [result for part in in_batches(len(order), size) for result in ask(order[part])]
     return [found[place] for place in sorted(range(len(order)), key=order.__getitem__)]
+
+
+def ask_all(
+    ask: Callable, language_model: nn.Module, encoder: PromptEncoder, queries: Sequence[Query], see: Callable,
+    size: int, prompts: list[list[int]], *answers: list[list[int]],
+) -> list:  # fmt: skip
+    """:func:`generate` or :func:`teacher_force` of (B) queries, ``size`` at a time; ``see`` gives their visual tokens."""
+
+    def some(rows: list[int]) -> list:
+        texts = ([text[i] for i in rows] for text in (prompts, *answers))
+        return ask(language_model, encoder, *texts, see([queries[i] for i in rows]))
+
+    return by_length(prompts, some, size)

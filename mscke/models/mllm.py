@@ -7,7 +7,7 @@ the two is a :class:`PromptFormat`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from weakref import WeakMethod
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTraine
 
 from mscke.benchmark.pictures import open_image
 from mscke.benchmark.sample import Query
-from mscke.models.decoding import NEW_TOKENS, Forced, by_length, generate, teacher_force
+from mscke.models.decoding import NEW_TOKENS, Forced, ask_all, generate, teacher_force
 from mscke.models.features import ImageTable
 from mscke.models.names import fingerprint, loaded_from
 from mscke.models.prompts import FORMATS, IMAGE_TOKEN, PromptEncoder
@@ -111,10 +111,14 @@ class MLLM:
         return self.images.columns[0][rows]
 
     def _look(self, paths: list[str]) -> tuple[Tensor]:
-        pixels = load_pixels(paths, self.image_size).to(self.model.device, self.model.dtype)
+        return (self.look(load_pixels(paths, self.image_size)),)
+
+    def look(self, pixels: Tensor) -> Tensor:
+        """Q-Former features (B, n, d_q) of normalised pixels (B, 3, H, W)."""
+        pixels = pixels.to(self.model.device, self.model.dtype)
         states = self.model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
-        tokens = self.model.query_tokens.expand(len(paths), -1, -1)
-        return (self.model.qformer(query_embeds=tokens, encoder_hidden_states=states)[0],)
+        tokens = self.model.query_tokens.expand(len(pixels), -1, -1)
+        return self.model.qformer(query_embeds=tokens, encoder_hidden_states=states)[0]
 
     def see(self, queries: Sequence[Query]) -> Tensor | None:
         """Visual tokens (V, n, d) of the queries that have an image, in order."""
@@ -135,27 +139,18 @@ class MLLM:
     def answer(self, queries: Sequence[Query], batch_size: int | None = None) -> list[str]:
         """Greedy answers to (B) queries, in lower case and without a closing stop."""
         new = [q for q in dict.fromkeys(queries) if q not in self._answers]
-        prompts = self.prompts(new)
-
-        def ask(rows: list[int]) -> list[str]:
-            visual = self.see([new[i] for i in rows])
-            return generate(self.model.language_model, self.encoder, [prompts[i] for i in rows], visual)
-
-        texts = by_length(prompts, ask, batch_size or self.batch_size)
-        self._answers.update(zip(new, texts, strict=True))
+        self._answers.update(zip(new, self._ask(generate, new, batch_size), strict=True))
         return [self._answers[q] for q in queries]
 
     def force(self, queries: Sequence[Query], answers: Sequence[str], batch_size: int | None = None) -> list[Forced]:
         """Teacher-forced predictions of (B) gold answers."""
         pairs = list(zip(queries, answers, strict=True))
         new = [p for p in dict.fromkeys(pairs) if p not in self._forced]
-        prompts = self.prompts([query for query, _ in new])
-        ids = [self.encoder.answer(answer, eos=False) for _, answer in new]
-
-        def ask(rows: list[int]) -> list[Forced]:
-            texts, visual = (([t[i] for i in rows] for t in (prompts, ids)), self.see([new[i][0] for i in rows]))
-            return teacher_force(self.model.language_model, self.encoder, *texts, visual)
-
-        found = by_length(prompts, ask, batch_size or self.batch_size)
+        gold = [self.encoder.answer(answer, eos=False) for _, answer in new]
+        found = self._ask(teacher_force, [query for query, _ in new], batch_size, gold)
         self._forced.update(zip(new, found, strict=True))
         return [self._forced[p] for p in pairs]
+
+    def _ask(self, ask: Callable, queries: list[Query], batch_size: int | None, *answers: list[list[int]]) -> list:
+        model, size = self.model.language_model, batch_size or self.batch_size
+        return ask_all(ask, model, self.encoder, queries, self.see, size, self.prompts(queries), *answers)

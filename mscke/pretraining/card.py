@@ -32,13 +32,11 @@ def interval(right: list[bool] | np.ndarray) -> dict[str, float]:
 @torch.inference_mode()
 def hits(mllm: MLLM, scenes: list, questions: list[Question], batch: int = 250) -> list[bool]:
     """Whether greedy answers from rendered pixels are right, one question a scene."""
-    model, answers = mllm.model, []
+    answers = []
     for i in range(0, len(scenes), batch):
-        states = model.vision_model(pixel_values=pixels(scenes[i : i + batch])).last_hidden_state
-        queries = model.query_tokens.expand(len(states), -1, -1)
-        visual = model.language_projection(model.qformer(query_embeds=queries, encoder_hidden_states=states)[0])
+        visual = mllm.model.language_projection(mllm.look(pixels(scenes[i : i + batch])))
         prompts = [mllm.encoder.prompt(q.text(), True) for q in questions[i : i + batch]]
-        answers += generate(model.language_model, mllm.encoder, prompts, visual)
+        answers += generate(mllm.model.language_model, mllm.encoder, prompts, visual)
     return [a == q.answer(s) for a, q, s in zip(answers, questions, scenes, strict=True)]
 
 
