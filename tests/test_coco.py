@@ -56,12 +56,6 @@ def test_an_image_that_is_not_the_locked_one_is_never_in_place(online, tmp_path)
     assert (tmp_path / "paper.lock.json").read_text() == lock
 
 
-def test_an_image_that_was_cut_is_made_whole(online, tmp_path):
-    online.cuts = [200]
-    bring(tmp_path, online, NAMES[:1])
-    assert tree(tmp_path / "data") == {NAMES[0]: IMAGES[NAMES[0]]}
-
-
 def test_a_host_that_is_not_there_ends_it_at_once(online, tmp_path, monkeypatch):
     monkeypatch.setattr(coco, "AT_ONCE", 1)
     online.statuses = [503] * download.ATTEMPTS

@@ -183,16 +183,6 @@ def test_everything_is_fetched_locked_and_then_left_alone(online, tmp_path):
     assert online.asked == []
 
 
-def test_only_what_is_missing_is_fetched_again(online, tmp_path):
-    a_store(tmp_path, online).benchmark(SIZES)
-    lock = (tmp_path / "paper.lock.json").read_text()
-    (tmp_path / "data" / NAMES[4]).unlink()
-    online.asked.clear()
-    a_store(tmp_path, online).benchmark(SIZES)
-    assert asked(online) == [f"/{NAMES[4]}"]
-    assert (tmp_path / "paper.lock.json").read_text() == lock
-
-
 def test_a_local_folder_is_used_and_not_written(tmp_path):
     own = put(tmp_path / "own", JSON | IMAGES)
     for path in own.rglob("*"):

@@ -123,7 +123,7 @@ def run_card() -> None:
         shutil.copy(path, ASSETS / "curves" / path.name)
     measured = card.measure(ASSETS)
     (ASSETS / "measured.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    (ASSETS / "README.md").write_text(card.render(measured, ASSETS / "curves"), encoding="utf-8")
+    (ASSETS / "README.md").write_text(card.render(measured, ASSETS), encoding="utf-8")
 
 
 RUN = {

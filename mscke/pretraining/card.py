@@ -92,36 +92,14 @@ PARTS = {
     "MiniGPT-4-mini": ("minigpt4-mini", ("llama", "llama-neighbours", "minigpt4-distil", "minigpt4-join")),
 } | {name: (name, (f"{name}-dense", name)) for name in SIZES}
 
-INTRODUCTION = """# The pretrained mini models
 
-Small models that stand in for BLIP-2 OPT, MiniGPT-4 and CLIPs on two CPU cores. They were
-trained from scratch by `make pretrain` on generated scenes (OpenMoji drawings on coloured cards) and on
-facts from GeoNames; weights are half-precision safetensors. `blip2-mini` and `minigpt4-mini` are
-`transformers.Blip2ForConditionalGeneration`; the CLIPs load with `open_clip.create_model("local-dir:…")`.
-MiniGPT-4-mini looks through BLIP-2-mini's frozen vision tower and Q-Former, as MiniGPT-4 does through BLIP-2's;
-of the two it is the weaker, above all about places and where a thing is referred to by name. The CLIPs were
-trained with a region term that OpenAI's had not: a phrase must point at the patches of what it names.
-`clip-mini-s` is small beside the language models, as a real CLIP is beside a real one; it was trained for some five times as many
-steps as the other two (mini-L took more minutes), and the states of its words had to foretell the next word.
-
-**Use** them to study editing methods where everything is known. **Do not use** them to see or read
-anything but such scenes: they know 48 kinds of things, eight colours, nine places and 100 countries, and
-have no way to say that they do not know. Sixteen kinds were kept out of every training picture
-(their names are known as words), so that correcting a misnamed one is a real correction.
-
-Accuracy is measured on scenes of a fold that no training drew from: greedy answers (language models), or
-the share of phrases whose best patch lies on what they name (CLIPs), with 95 % Wilson intervals. This
-page is written by `python -m mscke.pretraining card`; the curves are in `curves/`.
-"""
-
-
-def render(measured: dict[str, dict], curves: Path) -> str:
-    """The card as Markdown, from what was measured and from the curves."""
-    parts = [INTRODUCTION]
+def render(measured: dict[str, dict], assets: Path) -> str:
+    """The card as Markdown: the introduction that ``assets/README.md`` has, what was measured, and the curves' ends."""
+    parts = [(assets / "README.md").read_text(encoding="utf-8").partition("\n\n## ")[0]]
     for name, (folder, stages) in PARTS.items():
         parts.append(f"\n## {name} (`{folder}/`)\n\n| stage | steps | minutes |\n|---|---:|---:|")
         for stage in stages:
-            last = pd.read_csv(curves / f"{stage}.csv").iloc[-1]
+            last = pd.read_csv(assets / "curves" / f"{stage}.csv").iloc[-1]
             parts.append(f"| {stage} | {int(last['step'])} | {last['seconds'] / 60:.1f} |")
         parts.append("\n| measured on held-out scenes | % | 95 % interval | n |\n|---|---:|---:|---:|")
         for what, m in measured[name].items():
