@@ -162,12 +162,6 @@ def outline(config: Blip2Config) -> Blip2ForConditionalGeneration:
 
 
 def memory_needed(config: Blip2Config, dtype: torch.dtype) -> int:
-    """Bytes of a model's weights and buffers once it is loaded in ``dtype``; activations come on top.
-
-    Nothing is loaded. In float16 transformers keeps BLIP-2's Q-Former in float32, and so it is counted.
-    """
-    model, kept = outline(config), Blip2ForConditionalGeneration._keep_in_fp32_modules
-    full = [dtype == torch.float16 and name.split(".")[0] in kept for name, _ in model.named_parameters()]
-    sizes = [torch.float32.itemsize if keep else dtype.itemsize for keep in full]
-    weights = sum(p.numel() * size for p, size in zip(model.parameters(), sizes, strict=True))
-    return weights + sum(buffer.nbytes for buffer in model.buffers())
+    """Bytes of a model's weights and buffers in ``dtype``, float32 or bfloat16; activations come on top."""
+    with torch.device("meta"):
+        return Blip2ForConditionalGeneration._from_config(config, dtype=dtype).get_memory_footprint()
