@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mscke.benchmark.sample import Edit, Query
-from mscke.models.decoding import Forced, ask_all, generate, teacher_force
+from mscke.models.decoding import Forced, answer_loss, ask_all, generate, teacher_force
 from mscke.models.mllm import MLLM
-from mscke.models.prompts import IN_CONTEXT, Batch, embed
+from mscke.models.prompts import IN_CONTEXT
 
 
 class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
@@ -91,13 +91,9 @@ class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
     def loss(self, queries: Sequence[Query], edits: Sequence[Edit], answers: Sequence[str]) -> Tensor:
         """Mean cross-entropy of the answers' tokens, to be minimised on in-scope queries."""
         encoder = self.base.encoder
-        batch: Batch = encoder.collate(self.prompts(queries, edits), [encoder.answer(a) for a in answers])
-        ids, mask, labels = (part.to(self.base.model.device) for part in (batch.ids, batch.mask, batch.labels))
+        batch = encoder.collate(self.prompts(queries, edits), [encoder.answer(a) for a in answers])
         with self.mixed():
-            embedded = embed(self.language_model, ids, encoder.image_id, self.see(queries))
-            hidden = self.language_model.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
-            logits = self.language_model.lm_head(hidden.last_hidden_state[labels >= 0])
-        return nn.functional.cross_entropy(logits.float(), labels[labels >= 0])
+            return answer_loss(self.language_model, encoder, batch, self.see(queries))[0]
 
     def answer(self, queries: Sequence[Query], edits: Sequence[Edit], batch_size: int | None = None) -> list[str]:
         """Greedy answers to (B) queries, each under its own edit."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mscke.benchmark.answers import strict_answer
 from mscke.benchmark.sample import Query
-from mscke.models.prompts import PromptEncoder, embed
+from mscke.models.prompts import Batch, PromptEncoder, embed
 
 NEW_TOKENS = 6  # at most, of an answer, unless the track's records have longer ones
 
@@ -76,6 +77,18 @@ def teacher_force(
         *hits, ends = t[row >= 0, 0] == row[row >= 0]
         found.append(Forced(np.array(hits, bool), t[: n - 1], bool(ends)))
     return found
+
+
+def answer_loss(
+    language_model: nn.Module, encoder: PromptEncoder, batch: Batch, visual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the answers' tokens, and whether each of them (all rows in one) is the most likely one."""
+    device = next(language_model.parameters()).device
+    ids, mask, labels = (part.to(device) for part in (batch.ids, batch.mask, batch.labels))
+    embedded = embed(language_model, ids, encoder.image_id, visual)
+    hidden = language_model.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).last_hidden_state
+    logits, labels = language_model.lm_head(hidden[labels >= 0]), labels[labels >= 0]
+    return F.cross_entropy(logits.float(), labels), logits.argmax(-1) == labels
 
 
 def in_batches(n: int, size: int) -> list[slice]:

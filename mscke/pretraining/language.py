@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from mscke.benchmark.questions import OPPOSITE, Question
 from mscke.benchmark.scenes import HELD_OUT_FOLD, Scene, neighbours
-from mscke.models.prompts import Batch, PromptEncoder, embed
+from mscke.models.decoding import answer_loss
+from mscke.models.prompts import PromptEncoder
 from mscke.pretraining.loop import train
 from mscke.pretraining.questions import REFERENCE_WEIGHTS, sample_question
 from mscke.pretraining.text import sample_episode, sample_fact
@@ -106,18 +106,6 @@ class SymbolicTokens(nn.Module):
 
 # (9, 4): the cell next to each cell by direction; a tenth, empty one stands for "outside"
 NEXT_TO = torch.tensor([[neighbours(cell).get(way, N_CELLS) for way in OPPOSITE] for cell in range(N_CELLS)])
-
-
-def answer_loss(
-    language_model: nn.Module, encoder: PromptEncoder, batch: Batch, visual: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy on answer tokens. Returns (loss, hits by token)."""
-    embedded = embed(language_model, batch.ids, encoder.image_id, visual)
-    out = language_model.model(inputs_embeds=embedded, attention_mask=batch.mask, use_cache=False)
-    where = batch.labels >= 0
-    logits = language_model.lm_head(out.last_hidden_state[where])
-    labels = batch.labels[where]
-    return F.cross_entropy(logits.float(), labels), logits.argmax(-1) == labels
 
 
 class Lesson:
