@@ -1,7 +1,7 @@
 """A web server on this machine for files, and for repositories as the Hugging Face hub serves them.
 
 It misbehaves on request: ``cuts`` end so many of the next answers after that many bytes, ``statuses``
-answer the next requests with an error, ``pages`` are paths whose bytes are said to be a web page.
+answer the next requests with an error.
 """
 
 import hashlib
@@ -15,8 +15,6 @@ class FileServer:
 
     def __init__(self):
         self.files, self.repos, self.asked, self.cuts, self.statuses = {}, {}, [], [], []
-        self.pages = set()
-        self.ranges = self.etags = True
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -54,19 +52,13 @@ class FileServer:
                 if path not in outer.files:
                     return self.answer(404)
                 body, start = outer.files[path], 0
-                tag = '"' + hashlib.sha1(body).hexdigest() + '"'
-                same = self.headers.get("If-Range") in (None, tag)
-                headers = {"ETag": tag} if outer.etags else {}
+                headers = {"ETag": '"' + hashlib.sha1(body).hexdigest() + '"'}
                 if path.startswith("/api/"):
                     headers["Content-Type"] = "application/json"
-                if path in outer.pages:
-                    headers["Content-Type"] = "text/html; charset=utf-8"
                 if path in outer.repos:
                     headers["X-Repo-Commit"] = outer.repos[path]
-                if wanted and same and outer.ranges:
+                if wanted:
                     start = int(wanted.removeprefix("bytes=").split("-")[0])
-                    if start >= len(body):
-                        return self.answer(416, b"", {"Content-Range": f"bytes */{len(body)}"})
                     headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
                 self.answer(206 if start else 200, body[start:], headers)
 

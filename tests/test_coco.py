@@ -1,14 +1,14 @@
-"""COCO's images, one by one: side by side, resumed, each an image and the locked one before it is in place."""
+"""COCO's images, one by one: side by side, each an image and the locked one before it is in place."""
 
 import threading
 
 import pytest
-from test_fetch import IMAGES, JSON, NAMES, SIZES, a_store, asked, jpeg, online, put, server, tree, zipped
+from test_fetch import IMAGES, JSON, NAMES, SIZES, a_store, asked, jpeg, online, put, tree, zipped
 
 from mscke.fetching import coco, download
 from mscke.fetching.lock import FetchError, Lock
 
-__all__ = ["online", "server"]  # fixtures
+__all__ = ["online"]  # a fixture
 
 
 def bring(tmp_path, server, names=NAMES) -> None:
@@ -30,19 +30,16 @@ def test_an_image_that_is_not_there_is_named_with_its_records_and_the_others_com
 
 
 @pytest.mark.parametrize(
-    "body, page, message",
+    "body, message",
     [
-        (b"<html>Sign in to the network</html>", True, "gives a web page"),
-        (b"<html>Sign in to the network</html>", False, "damaged or not PNG/JPEG"),
-        (b"", False, "damaged or not PNG/JPEG"),
-        (IMAGES[NAMES[1]][:-30], False, "damaged or not PNG/JPEG"),
+        (b"<html>Sign in to the network</html>", "gives a web page"),
+        (b"", "damaged or not PNG/JPEG"),
+        (IMAGES[NAMES[1]][:-30], "damaged or not PNG/JPEG"),
     ],
-    ids=["page", "page said to be none", "nothing", "cut"],
+    ids=["page", "nothing", "cut"],
 )
-def test_what_is_no_image_is_never_in_place(online, tmp_path, body, page, message):
-    online.files[path := f"/{NAMES[1]}"] = body
-    if page:
-        online.pages.add(path)
+def test_what_is_no_image_is_never_in_place(online, tmp_path, body, message):
+    online.files[f"/{NAMES[1]}"] = body
     with pytest.raises(FetchError, match=rf"{NAMES[1]}, of train_data\.json, record 1: .*{message}"):
         bring(tmp_path, online)
     assert tree(tmp_path / "data") == {name: IMAGES[name] for name in NAMES if name != NAMES[1]}
@@ -57,13 +54,6 @@ def test_an_image_that_is_not_the_locked_one_is_never_in_place(online, tmp_path)
         a_store(tmp_path, online).benchmark(SIZES)
     assert tree(tmp_path / "data") == JSON | {name: IMAGES[name] for name in NAMES[:4]}
     assert (tmp_path / "paper.lock.json").read_text() == lock
-
-
-def test_an_image_that_was_cut_goes_on(online, tmp_path):
-    online.cuts = [200]
-    bring(tmp_path, online, NAMES[:1])
-    assert [wanted for _, _, wanted in online.asked] == [None, "bytes=200-"]
-    assert tree(tmp_path / "data") == {NAMES[0]: IMAGES[NAMES[0]]}
 
 
 def test_a_host_that_is_not_there_ends_it_at_once(online, tmp_path, monkeypatch):
@@ -89,7 +79,7 @@ def test_images_come_side_by_side_and_not_too_many(tmp_path, monkeypatch):
     """Three wait for each other, and no fourth is begun before one of them is done."""
     together, lock, now, most = threading.Barrier(3, timeout=60), threading.Lock(), [], []
 
-    def fake(url, path, check, client):
+    def fake(url, path, check):
         with lock:
             now.append(url)
             most.append(len(now))
@@ -114,7 +104,3 @@ def test_what_a_local_zip_lacks_is_fetched(online, tmp_path):
     a_store(tmp_path, online, data=own).benchmark(SIZES)
     assert tree(tmp_path / "data") == JSON | IMAGES
     assert [path for path in asked(online) if path.endswith(".jpg")] == [f"/{NAMES[4]}"]
-
-
-def test_zips_are_never_fetched():
-    assert ".zip" not in coco.IMAGES and coco.IMAGES.format(NAMES[0]) == f"http://images.cocodataset.org/{NAMES[0]}"

@@ -20,12 +20,11 @@ from test_sample import a_row
 from mscke.benchmark.sample import RecordError
 from mscke.config import TRACKS
 from mscke.fetching import __main__ as command
-from mscke.fetching import coco, download, hub
+from mscke.fetching import coco, download
 from mscke.fetching import store as fetch
 from mscke.fetching.download import download as get
-from mscke.fetching.lock import FetchError, Lock, sha256
+from mscke.fetching.lock import FetchError, Lock
 from mscke.fetching.store import FILES, Store, open_store
-from mscke.models.compose import SEEING, seeing_shards
 
 BODY = os.urandom(200_000)
 NAMES = [f"train2014/COCO_train2014_{i:012d}.jpg" for i in range(4)] + ["val2014/COCO_val2014_000000000042.jpg"]
@@ -54,15 +53,9 @@ def zipped(folder: str) -> bytes:
 
 
 @pytest.fixture
-def server():
+def online(tmp_path, monkeypatch):
+    """A server in the place of the hub and of COCO."""
     server = FileServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def online(server, tmp_path, monkeypatch):
-    """The server in the place of the hub and of COCO; returns it."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(
@@ -72,7 +65,8 @@ def online(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     server.publish(fetch.FGVEDIT, JSON, "dataset")
     server.files |= {f"/{name}": body for name, body in IMAGES.items()} | {"/train2014/other.jpg": b"not named"}
-    return server
+    yield server
+    server.close()
 
 
 def a_store(tmp_path, server=None, **changes) -> Store:
@@ -93,83 +87,48 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def locked(tmp_path) -> dict:
+    path = tmp_path / "paper.lock.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def digests(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(body).hexdigest() for name, body in sorted(files.items())}
+
+
+def asked(server) -> list[str]:
+    return [path for _, path, _ in server.asked]
+
+
+def small_track(monkeypatch, **sources) -> None:
+    """The paper track with the few records here, and no models but those of ``sources``."""
+    sources = {"backbones": {}, "clips": {}, "counterfactuals": {}} | sources
+    sizes = {f"n_{split}": size for split, size in SIZES.items()}
+    monkeypatch.setitem(TRACKS, "paper", dataclasses.replace(TRACKS["paper"], **sources, **sizes))
+
+
 # One file over HTTP
 
 
-@pytest.fixture
-def path(tmp_path, monkeypatch):
-    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
-    return tmp_path / "file.zip"
+def no_check(path):
+    pass
 
 
-def ranges(server):
-    return [wanted for _, _, wanted in server.asked]
+@pytest.mark.parametrize("trouble", [{"cuts": [70_000, 50_000]}, {"statuses": [503, 429]}], ids=["cut", "refused"])
+def test_failures_that_pass_are_tried_again(online, tmp_path, trouble):
+    online.files["/file"] = BODY
+    vars(online).update(trouble)
+    get(f"{online.url}/file", tmp_path / "file", no_check)
+    assert tree(tmp_path) == {"file": BODY} and not online.cuts and not online.statuses
 
 
-def test_a_cut_download_goes_on_where_it_was_cut(server, path):
-    server.files["/file"], server.cuts = BODY, [70_000, 50_000]
-    tag = get(f"{server.url}/file", path)
-    assert path.read_bytes() == BODY and tag == f'"{hashlib.sha1(BODY).hexdigest()}"'
-    assert ranges(server) == [None, "bytes=70000-", "bytes=120000-"]
-    assert os.listdir(path.parent) == ["file.zip"]
-
-
-def test_a_download_goes_on_in_another_process(server, path):
-    server.files["/file"], server.cuts = BODY, [70_000] + [0] * download.ATTEMPTS
-    with pytest.raises(FetchError, match="70,000 bytes are kept"):
-        get(f"{server.url}/file", path)
-    assert not path.exists()
-    server.asked.clear()
-    get(f"{server.url}/file", path)
-    assert path.read_bytes() == BODY and ranges(server) == ["bytes=70000-"]
-
-
-@pytest.mark.parametrize("change", ["another file", "no ranges", "no validator"])
-def test_what_cannot_be_resumed_begins_anew(server, path, change):
-    server.files["/file"], server.cuts, server.etags = (
-        BODY,
-        [70_000] + [0] * download.ATTEMPTS,
-        change != "no validator",
-    )
-    with pytest.raises(FetchError):
-        get(f"{server.url}/file", path)
-    new = server.files["/file"] = BODY[::-1] if change == "another file" else BODY
-    server.ranges = change != "no ranges"
-    get(f"{server.url}/file", path)
-    assert path.read_bytes() == new
-
-
-def test_a_whole_part_is_not_fetched_again(server, path):
-    server.files["/file"], server.cuts = BODY, [100] + [0] * download.ATTEMPTS
-    with pytest.raises(FetchError):
-        get(f"{server.url}/file", path)
-    path.with_name("file.zip.part").write_bytes(BODY)  # ended between the last byte and the renaming
-    get(f"{server.url}/file", path)
-    assert path.read_bytes() == BODY
-
-
-def test_a_part_that_is_too_long_begins_anew(server, path):
-    server.files["/file"], server.cuts = BODY, [100] + [0] * download.ATTEMPTS
-    with pytest.raises(FetchError):
-        get(f"{server.url}/file", path)
-    path.with_name("file.zip.part").write_bytes(BODY + b"more")
-    get(f"{server.url}/file", path)
-    assert path.read_bytes() == BODY
-
-
-def test_passing_failures_are_tried_again_and_lasting_ones_are_not(server, path):
-    server.files["/file"], server.statuses = BODY, [503, 429]
-    get(f"{server.url}/file", path)
-    assert path.read_bytes() == BODY
-    server.asked.clear()
-    with pytest.raises(FetchError, match="HTTP 404"):
-        get(f"{server.url}/none", path)
-    assert len(server.asked) == 1
-
-
-def test_a_server_that_is_not_there(path):
-    with pytest.raises(FetchError, match="run again to go on"):
-        get("http://127.0.0.1:9/file", path)
+def test_failures_that_last_are_not(online, tmp_path):
+    with pytest.raises(download.Refused, match="HTTP 404"):
+        get(f"{online.url}/none", tmp_path / "file", no_check)
+    assert len(online.asked) == 1
+    with pytest.raises(FetchError, match="run again"):
+        get("http://127.0.0.1:9/file", tmp_path / "file", no_check)
+    assert tree(tmp_path) == {}
 
 
 # The lock
@@ -180,9 +139,8 @@ def test_the_lock_trusts_once_and_verifies_ever_after(tmp_path):
     files = {name: tmp_path / name for name in "ba"}
     Lock(tmp_path / "lock").check("source", files, "r1")
     written = json.loads((tmp_path / "lock").read_text())
-    digests = {"a": hashlib.sha256(b"one").hexdigest(), "b": hashlib.sha256(b"two").hexdigest()}
-    assert written == {"source": {"revision": "r1", "files": digests}}
-    assert list(written["source"]["files"]) == ["a", "b"] == sorted(files)
+    assert written == {"source": {"revision": "r1", "files": digests({"a": b"one", "b": b"two"})}}
+    assert list(written["source"]["files"]) == ["a", "b"]
 
     lock = Lock(tmp_path / "lock")
     lock.check("source", files)  # a revision that is not known does not undo the one that was
@@ -214,30 +172,15 @@ def test_everything_is_fetched_locked_and_then_left_alone(online, tmp_path):
     loaded = a_store(tmp_path, online).benchmark(SIZES)
     assert [len(loaded[split].records) for split in SIZES] == [4, 2]
     assert tree(tmp_path / "data") == JSON | IMAGES
-    assert sorted(path for _, path, _ in online.asked if path.endswith((".jpg", ".zip"))) == [f"/{n}" for n in NAMES]
+    assert sorted(path for path in asked(online) if path.endswith((".jpg", ".zip"))) == [f"/{n}" for n in NAMES]
 
-    lock = json.loads((tmp_path / "paper.lock.json").read_text())
-    commit = next(iter(online.repos.values()))
-    entry = lock[f"datasets/{fetch.FGVEDIT}"]
-    assert entry == {
-        "revision": commit,
-        "files": {name: hashlib.sha256(body).hexdigest() for name, body in sorted(JSON.items())},
-    }
-    assert lock["COCO 2014"]["files"] == {n: hashlib.sha256(b).hexdigest() for n, b in IMAGES.items()}
+    lock, commit = locked(tmp_path), next(iter(online.repos.values()))
+    assert lock[f"datasets/{fetch.FGVEDIT}"] == {"revision": commit, "files": digests(JSON)}
+    assert lock["COCO 2014"]["files"] == digests(IMAGES)
 
     online.asked.clear()
     a_store(tmp_path, online).benchmark(SIZES)
     assert online.asked == []
-
-
-def test_only_what_is_missing_is_fetched_again(online, tmp_path):
-    a_store(tmp_path, online).benchmark(SIZES)
-    lock = (tmp_path / "paper.lock.json").read_text()
-    (tmp_path / "data" / NAMES[4]).unlink()
-    online.asked.clear()
-    a_store(tmp_path, online).benchmark(SIZES)
-    assert [path for _, path, _ in online.asked] == [f"/{NAMES[4]}"]
-    assert (tmp_path / "paper.lock.json").read_text() == lock
 
 
 def test_a_local_folder_is_used_and_not_written(tmp_path):
@@ -318,26 +261,20 @@ def test_bad_input_is_named_and_never_locked(tmp_path, files, message):
     own = put(tmp_path / "own", JSON | files)
     with pytest.raises((FetchError, RecordError), match=message):
         a_store(tmp_path, data=own).benchmark(SIZES)
-    locked = json.loads((tmp_path / "paper.lock.json").read_text()) if (tmp_path / "paper.lock.json").exists() else {}
-    assert "COCO 2014" not in locked
-    assert not [name for name in tree(tmp_path) if name.endswith((".tmp", ".part"))]
+    assert "COCO 2014" not in locked(tmp_path)
+    assert not [name for name in tree(tmp_path) if name.endswith(".tmp")]
 
 
-def test_records_without_an_answer_count_or_do_not(tmp_path):
-    rows = json.dumps([*ROWS["test"], a_row(NAMES[4], alt="")]).encode()
-    own = put(tmp_path / "own", JSON | IMAGES | {"test_data.json": rows})
-    for size in (2, 3):
-        assert a_store(tmp_path, data=own).benchmark({"train": 4, "test": size})["test"].skipped == 1
-    with pytest.raises(FetchError, match=r"3 records \(1 of them without an answer\), not 4"):
-        a_store(tmp_path, data=own).benchmark({"train": 4, "test": 4})
-
-
-@pytest.mark.parametrize("size", [3, 4])
-def test_records_that_are_left_out_count_as_what_they_should_have_been(tmp_path, size):
-    rows = [*ROWS["test"], a_row(NAMES[4], alt=""), a_row(NAMES[4], loc="")]
+@pytest.mark.parametrize("more, sizes, left_out", [([], (2, 3), []), ([a_row(NAMES[4], loc="")], (3, 4), [3])])
+def test_records_without_an_answer_count_or_do_not(tmp_path, more, sizes, left_out):
+    """Those with a bad field count as what they should have been."""
+    rows = [*ROWS["test"], a_row(NAMES[4], alt=""), *more]
     own = put(tmp_path / "own", JSON | IMAGES | {"test_data.json": json.dumps(rows).encode()})
-    found = a_store(tmp_path, data=own).benchmark({"train": 4, "test": size})["test"]
-    assert (len(found.records), found.skipped, list(found.left_out)) == (2, 1, [3])
+    for size in sizes:
+        found = a_store(tmp_path, data=own).benchmark({"train": 4, "test": size})["test"]
+        assert (len(found.records), found.skipped, list(found.left_out)) == (2, 1, left_out)
+    with pytest.raises(FetchError, match=rf"{len(rows)} records \(1 of them without an answer\), not 5"):
+        a_store(tmp_path, data=own).benchmark({"train": 4, "test": 5})
 
 
 def test_offline_without_data_says_where_to_get_it(tmp_path, monkeypatch):
@@ -381,12 +318,7 @@ def test_records_with_a_bad_field_are_left_out_and_noted(online, tmp_path, monke
     assert [r.id for r in train.records] == [0, 1, 2] and list(train.left_out) == [3]
     assert f"/{NAMES[3]}" not in asked(online)
     monkeypatch.setattr(command, "open_store", lambda *_: a_store(tmp_path, online))
-    small = {f"n_{split}": size for split, size in SIZES.items()} | {
-        "backbones": {},
-        "clips": {},
-        "counterfactuals": {},
-    }
-    monkeypatch.setitem(TRACKS, "paper", dataclasses.replace(TRACKS["paper"], **small))
+    small_track(monkeypatch)
     assert command.main([]) == 0
     said = capsys.readouterr().out
     assert "train: 1 records with a bad field are left out" in said and 'record 3, field "rephrase": found' in said
@@ -411,12 +343,9 @@ def test_only_the_shards_that_see_are_fetched(online, tmp_path):
     folder = a_store(tmp_path, online).model(EYES)
     wanted = ["config.json", "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"]
     assert sorted(os.listdir(folder)) == wanted
-    assert seeing_shards(folder / "model.safetensors.index.json") == wanted[1:3]
-    assert hub.MODELS[EYES].tensors == SEEING
-    entry = json.loads((tmp_path / "paper.lock.json").read_text())[f"models/{EYES}"]
-    assert entry == {"revision": commit, "files": {name: sha256(folder / name) for name in wanted}}
-    # offline, from the hub's cache
-    assert a_store(tmp_path).model(EYES) == folder
+    entry = {"revision": commit, "files": digests({name: SHARDED[name] for name in wanted})}
+    assert locked(tmp_path)[f"models/{EYES}"] == entry
+    assert a_store(tmp_path).model(EYES) == folder  # offline, from the hub's cache
 
 
 def test_old_weights_are_taken_where_there_are_no_others(online, tmp_path):
@@ -452,18 +381,7 @@ def test_an_unsound_model_is_named_and_never_locked(tmp_path, change, message):
     own = put(tmp_path / "own", files)
     with pytest.raises(FetchError, match=message):
         a_store(tmp_path, models=own).model("an/m")
-    assert not (tmp_path / "paper.lock.json").exists()
-
-
-def test_a_cut_shard_is_fetched_whole(online, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
-    big = save({"x": torch.randn(5000)})
-    commit = online.publish("a/big", {"config.json": b"{}", "model.safetensors": big})
-    hub.snapshot("a/big", ["config.json"], commit, online=True)  # lists the files: the next GET is the shard's
-    online.cuts = [9000]
-    folder = hub.snapshot("a/big", ["*.safetensors"], commit, online=True)
-    assert (folder / "model.safetensors").read_bytes() == big
-    assert online.cuts == [] and online.fetched("model.safetensors") == 2
+    assert locked(tmp_path) == {}
 
 
 def test_a_hub_that_refuses_is_an_error(online, tmp_path):
@@ -472,32 +390,28 @@ def test_a_hub_that_refuses_is_an_error(online, tmp_path):
 
 
 @pytest.fixture
-def weights(monkeypatch):
-    """What passes for MiniGPT-4's checkpoint as published."""
+def weights(online, monkeypatch):
+    """What passes for MiniGPT-4's checkpoint as published; Google Drive is on the server here."""
     body = b"weights"
     monkeypatch.setattr(fetch, "MINIGPT4_BYTES", len(body))
     monkeypatch.setattr(fetch, "MINIGPT4_SHA256", hashlib.sha256(body).hexdigest()[:12] + ".*")
+    monkeypatch.setattr(fetch, "DRIVE", f"{online.url}/drive")
     return body
-
-
-def asked(server) -> list[str]:
-    return [path for _, path, _ in server.asked]
 
 
 @pytest.mark.parametrize("name", fetch.MINIGPT4_NAMES)
 def test_a_projection_of_the_users_own_is_taken_by_either_name(tmp_path, name):
     own = put(tmp_path / "own", {name: b"of any bytes"})
     assert a_store(tmp_path, models=own).minigpt4() == own / name
-    locked = json.loads((tmp_path / "paper.lock.json").read_text())[f"spaces/{fetch.SPACE}"]
-    assert locked["files"] == {fetch.PROJECTION: hashlib.sha256(b"of any bytes").hexdigest()}
+    files = locked(tmp_path)[f"spaces/{fetch.SPACE}"]["files"]
+    assert files == digests({fetch.PROJECTION: b"of any bytes"})
 
 
 def test_the_projection_comes_off_its_space_on_the_hub(online, tmp_path, monkeypatch, weights):
-    monkeypatch.setattr(fetch, "DRIVE", f"{online.url}/drive")
     commit = online.publish(fetch.SPACE, {fetch.PROJECTION: weights, "app.py": b"no"}, "space")
     path = a_store(tmp_path, online).minigpt4()
     assert path.read_bytes() == weights and "/drive" not in asked(online) and online.fetched("app.py") == 0
-    assert json.loads((tmp_path / "paper.lock.json").read_text())[f"spaces/{fetch.SPACE}"]["revision"] == commit
+    assert locked(tmp_path)[f"spaces/{fetch.SPACE}"]["revision"] == commit
     assert a_store(tmp_path).minigpt4() == path  # offline, from the hub's cache
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
     with pytest.raises(FetchError, match=rf"{fetch.PROJECTION}: .*go online"):
@@ -505,8 +419,7 @@ def test_the_projection_comes_off_its_space_on_the_hub(online, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("space", [None, {"README.md": b"moved"}, {fetch.PROJECTION: b"another"}])
-def test_google_drive_is_second(online, tmp_path, monkeypatch, capsys, weights, space):
-    monkeypatch.setattr(fetch, "DRIVE", f"{online.url}/drive")
+def test_google_drive_is_second(online, tmp_path, capsys, weights, space):
     if space:
         online.publish(fetch.SPACE, space, "space")
     online.files["/drive"] = weights
@@ -516,19 +429,15 @@ def test_google_drive_is_second(online, tmp_path, monkeypatch, capsys, weights, 
 
 
 @pytest.mark.parametrize("drive", ["page", "another", "none"])
-def test_a_projection_that_is_nowhere_says_so_of_both(online, tmp_path, monkeypatch, weights, drive):
-    monkeypatch.setattr(fetch, "DRIVE", f"{online.url}/drive")
+def test_a_projection_that_is_nowhere_says_so_of_both(online, tmp_path, weights, drive):
     said = {"page": "gives a web page", "another": "is not the checkpoint that was published", "none": "HTTP 404"}
     if drive != "none":
         online.files["/drive"] = b"<html>quota" if drive == "page" else b"WEIGHTS"
-    if drive == "page":
-        online.pages.add("/drive")
     with pytest.raises(
         FetchError, match=rf"{fetch.SPACE} cannot be fetched.*{said[drive]}.*give MODELS=.*{fetch.PROJECTION}"
     ):
         a_store(tmp_path, online).minigpt4()
-    assert not (tmp_path / "data/downloads").exists() or tree(tmp_path / "data/downloads") == {}
-    assert not (tmp_path / "paper.lock.json").exists()
+    assert tree(tmp_path / "data") == {} == locked(tmp_path)
 
 
 def test_options_come_from_the_environment(tmp_path, monkeypatch):
@@ -542,10 +451,7 @@ def test_options_come_from_the_environment(tmp_path, monkeypatch):
 
 def test_the_command_fetches_everything_or_says_what_is_missing(online, tmp_path, monkeypatch, capsys, weights):
     monkeypatch.setattr(command, "open_store", lambda *_: a_store(tmp_path, online))
-    sources = {"backbones": {"MiniGPT-4": f"minigpt4:{EYES}+{EYES}"}, "clips": {}, "counterfactuals": {}}
-    sizes = {f"n_{split}": size for split, size in SIZES.items()}
-    small = dataclasses.replace(TRACKS["paper"], **sources, **sizes)
-    monkeypatch.setitem(TRACKS, "paper", small)
+    small_track(monkeypatch, backbones={"MiniGPT-4": f"minigpt4:{EYES}+{EYES}"})
     assert command.main([]) == 1 and f"{EYES} cannot be fetched" in capsys.readouterr().err
     online.publish(EYES, SHARDED)
     online.publish(fetch.SPACE, {fetch.PROJECTION: weights}, "space")

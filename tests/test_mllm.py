@@ -39,15 +39,6 @@ def seen_alone(mllm, query, ids):
     return mllm.model(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
 
 
-def test_one_class_for_both_backbones(blip2, minigpt4):
-    assert type(blip2.model) is type(minigpt4.model)
-    assert blip2.model.config.text_config.model_type == "opt"
-    assert minigpt4.model.config.text_config.model_type == "llama"
-    for mllm in (blip2, minigpt4):
-        assert mllm.model.dtype == torch.float32 and not mllm.model.training
-        assert not any(p.requires_grad for p in mllm.model.parameters())
-
-
 def test_answers_do_not_depend_on_the_batch(mllm, queries):
     together = mllm.answer(queries)
     assert len(set(together)) > len({q.image for q in queries})  # the tiny models do tell queries apart
@@ -86,29 +77,6 @@ def test_backbones_with_the_same_eyes_share_features_on_disk(mllm_folders, recor
     monkeypatch.setattr(MLLM, "_look", lambda *_: pytest.fail("looked again"))
     assert torch.equal(second.features(paths), features)
     assert len(list(tmp_path.glob("qformer-*"))) == 1
-
-
-def test_an_image_written_anew_is_looked_at_anew(mllm_folders, tmp_path):
-    """Such as a benchmark generated again: same paths, other pictures."""
-    path, cache = str(tmp_path / "a.png"), tmp_path / "cache"
-    features = []
-    for colour in ("red", "blue", "blue"):
-        if len(features) < 2:
-            Image.new("RGB", (96, 96), colour).save(path)
-        mllm = MLLM.from_pretrained(mllm_folders["opt"], "BLIP-2", cache=cache)
-        features.append(mllm.features([path]))
-    assert not torch.equal(features[0], features[1])
-    assert torch.equal(features[1], features[2])
-    assert len(mllm.images.rows) == 1
-
-
-def test_a_damaged_cache_is_made_again(mllm_folders, records, tmp_path):
-    mllm = MLLM.from_pretrained(mllm_folders["opt"], "BLIP-2", cache=tmp_path)
-    features = mllm.features([records[0].edit.image])
-    (path,) = tmp_path.glob("qformer-*/00.float32")
-    path.write_bytes(path.read_bytes()[:100])
-    again = MLLM.from_pretrained(mllm_folders["opt"], "BLIP-2", cache=tmp_path)
-    assert torch.equal(again.features([records[0].edit.image]), features)
 
 
 def test_other_eyes_share_nothing(mllm_folders, tmp_path):
@@ -224,20 +192,14 @@ def test_teacher_forcing_is_the_arg_max_at_each_step(mllm, queries, gold):
     assert forced[2].hits.tolist()[0] is True
 
 
-def test_prompts_of_blip2(blip2):
-    with_image, text = blip2.prompts([Query("Who?", "/a.png"), Query("Who?")], ["", "New Fact: a b\nPrompt: "])
-    template = "Question: Who? Short answer:"
-    assert blip2.tokenizer.decode(with_image) == "<image>" * 9 + "</s>" + template
-    assert blip2.tokenizer.decode(text) == "</s>New Fact: a b\nPrompt: " + template
-    assert blip2.encoder.prefix_length(True) == 10 and blip2.encoder.prefix_length(False) == 1
-
-
-def test_prompts_of_minigpt4(minigpt4):
-    (with_image,) = minigpt4.prompts([Query("Who?", "/a.png")])
-    assert minigpt4.tokenizer.decode(with_image) == (
-        "<s>###Human: <Img>" + "<image>" * 9 + "</Img> Question: Who? Short answer:"
-    )
-    assert minigpt4.encoder.prefix_length(True) == with_image.index(minigpt4.encoder.tokens("Question")[0])
+def test_prompts_of_both_backbones(blip2, minigpt4):
+    seen, context, template = Query("Who?", "/a.png"), "New Fact: a b\nPrompt: ", "Question: Who? Short answer:"
+    for mllm, before, after in ((blip2, "", "</s>"), (minigpt4, "<s>###Human: <Img>", "</Img> ")):
+        (ids,), encoder = mllm.prompts([seen]), mllm.encoder
+        assert mllm.tokenizer.decode(ids) == before + "<image>" * 9 + after + template
+        assert encoder.prefix_length(True) == ids.index(encoder.tokens("Question")[0])
+        assert mllm.tokenizer.decode(mllm.prompts([Query("Who?")], [context])[0]) == "</s>" + context + template
+        assert encoder.prefix_length(False) == 1
 
 
 def test_an_edit_in_context_stands_before_the_question(mllm):
@@ -273,19 +235,12 @@ def test_images_are_normalised_as_clip_does(tmp_path):
     torch.testing.assert_close(pixels, torch.tensor(expected).view(1, 3, 1, 1).expand(1, 3, 8, 8))
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        (" Yes. ", "yes"),
-        ("T-Rex", "t-rex"),
-        ("two  owls\n", "two owls"),
-        ("", ""),
-        ("no ..", "no"),
-        ("u.s.a.", "u.s.a"),
-    ],
-)
-def test_strict_answer(text, expected):
-    assert strict_answer(text) == expected
+STRICT = {" Yes. ": "yes", "T-Rex": "t-rex", "two  owls\n": "two owls", "": "", "no ..": "no", "u.s.a.": "u.s.a"}
+
+
+@pytest.mark.parametrize("text", STRICT)
+def test_strict_answer(text):
+    assert strict_answer(text) == STRICT[text]
 
 
 @example("a. .")
@@ -303,7 +258,6 @@ def test_teacher_forcing_knows_what_greedy_decoding_says(folder, records):
     said = model.answer(asked)
     assert len(set(said)) > 4 and all(f.is_greedy() for f in model.force(asked, said))
     assert not any(f.is_greedy() for f in model.force(asked, [f"{answer} and an owl" for answer in said]))
-    assert not any(f.is_greedy() for f in model.force(asked, ["seven sleepy owls and one more owl"] * len(asked)))
 
 
 def test_answers_may_be_as_long_as_the_records_have_them(mllm_folders):
@@ -316,8 +270,7 @@ def test_answers_may_be_as_long_as_the_records_have_them(mllm_folders):
     query = Query("What is it?")
     with torch.no_grad():
         mllm.model.language_model.lm_head.weight.mul_(0)  # the first token, for ever
-    visual, prompts = None, mllm.prompts([query])
-    longest = generate(mllm.model.language_model, mllm.encoder, prompts, visual)
-    assert longest == generate(mllm.model.language_model, mllm.encoder, prompts, visual, mllm.encoder.reserve)
+    asked = mllm.model.language_model, mllm.encoder, mllm.prompts([query]), None
+    assert generate(*asked) == generate(*asked, mllm.encoder.reserve)
     (forced,) = mllm.force([query], [long])
     assert not forced.is_greedy(before)

@@ -21,7 +21,6 @@ from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.mllm import MLLM
 from mscke.models.prompts import TEMPLATE, TooLong
 from mscke.models.room import FIELDS, check_records
-from mscke.models.tiny import write_clip
 
 pytest_plugins = ["tiny"]
 
@@ -66,25 +65,33 @@ def test_an_answer_without_room_is_named(mllm, records):
         mllm.force([records[0].in_scope], [LONG])
 
 
-@pytest.mark.parametrize("field", sorted({name for names in FIELDS.values() for name in names}))
+TOO_LONG = {  # by field of a record's JSON
+    "src": lambda r: {"edit": dataclasses.replace(r.edit, prompt=LONG)},
+    "alt": lambda r: {"edit": dataclasses.replace(r.edit, answer=LONG)},
+    "rephrase": lambda r: {"rephrase": Query(LONG, r.edit.image)},
+    "fg_gen_q": lambda r: {"in_scope": Query(LONG, r.edit.image)},
+    "fg_gen_a": lambda r: {"in_scope_answer": LONG},
+    "fg_loc_q": lambda r: {"out_of_scope": Query(LONG, r.edit.image)},
+    "fg_loc_a": lambda r: {"out_of_scope_answer": LONG},
+    "loc": lambda r: {"locality": Query(LONG)},
+    "loc_ans": lambda r: {"locality_answer": LONG},
+}
+
+
+def spoilt(records, place, field):
+    """``records``, of which one has a field that is too long."""
+    bad = dataclasses.replace(records[place], **TOO_LONG[field](records[place]))
+    return [*records[:place], bad, *records[place + 1 :]]
+
+
+@pytest.mark.parametrize("field", TOO_LONG)
 def test_a_record_is_named_with_its_field(mllm, records, field):
-    own = {
-        "src": lambda r: {"edit": dataclasses.replace(r.edit, prompt=LONG)},
-        "alt": lambda r: {"edit": dataclasses.replace(r.edit, answer=LONG)},
-        "rephrase": lambda r: {"rephrase": Query(LONG, r.edit.image)},
-        "fg_gen_q": lambda r: {"in_scope": Query(LONG, r.edit.image)},
-        "fg_gen_a": lambda r: {"in_scope_answer": LONG},
-        "fg_loc_q": lambda r: {"out_of_scope": Query(LONG, r.edit.image)},
-        "fg_loc_a": lambda r: {"out_of_scope_answer": LONG},
-        "loc": lambda r: {"locality": Query(LONG)},
-        "loc_ans": lambda r: {"locality_answer": LONG},
-    }[field]
+    assert {name for names in FIELDS.values() for name in names} == set(TOO_LONG)
     check_records(mllm, records)
-    some = [*records[:3], dataclasses.replace(records[3], **own(records[3])), *records[4:]]
     tokens, positions = len(mllm.encoder.tokens(LONG)), mllm.encoder.positions
     room = positions - mllm.encoder.prefix_length(field not in ("loc", "loc_ans"))
     with pytest.raises(RecordError) as caught:
-        check_records(mllm, some)
+        check_records(mllm, spoilt(records, 3, field))
     (line,) = str(caught.value).splitlines()[1:]
     assert line.startswith(f'  record {records[3].id}, field "{field}": {tokens:,} tokens, ')
     assert line.endswith(f"; {mllm.name} has room for {room:,}")
@@ -106,15 +113,9 @@ def test_many_bad_records_are_counted(mllm, records):
 
 
 def test_nothing_is_edited_before_all_records_are_found_to_fit(mllm, records):
-    class Editor:
-        name = "an editor"
-
-        def edit(self, records):
-            raise AssertionError("it was asked to edit")
-
-    bad = [*records[:2], dataclasses.replace(records[2], locality=Query(LONG))]
+    editor = SimpleNamespace(name="an editor", edit=lambda _: pytest.fail("it was asked to edit"))
     with pytest.raises(RecordError, match=f"record {records[2].id},"):
-        evaluate(Editor(), mllm, bad, "tiny")
+        evaluate(editor, mllm, spoilt(records, 2, "loc"), "tiny")
 
 
 def test_a_base_model_is_loaded_with_room_for_its_tracks_records(blip2, records, monkeypatch):
@@ -122,7 +123,7 @@ def test_a_base_model_is_loaded_with_room_for_its_tracks_records(blip2, records,
     monkeypatch.setattr(build, "load_mllm", lambda *_, **__: blip2)
     monkeypatch.setattr(build, "load_benchmark", lambda _: bench)
     assert build.load_base(get_track("smoke"), "BLIP-2-mini") is blip2
-    bench.validation[1] = dataclasses.replace(records[9], rephrase=Query(LONG, records[9].edit.image))
+    bench.validation[:] = spoilt(records[8:10], 1, "rephrase")
     with pytest.raises(RecordError, match=f'record {records[9].id}, field "rephrase"'):
         build.load_base(get_track("smoke"), "BLIP-2-mini")
 
@@ -141,14 +142,13 @@ def test_a_counterfactual_model_has_the_room_of_its_base(blip2, monkeypatch):
 
 
 @pytest.fixture(params=["mini", "OpenAI's", "MiniLM"])
-def fresh(request, clip_name, tmp_path):
+def fresh(request, clip_name, openai_name):
     """An encoder that has told of nothing yet, and a text of one token too many for it."""
     if request.param == "MiniLM":
         return MiniLMEncoder(), " ".join(["owl"] * (512 - 1))
     if request.param == "mini":
         return ClipEncoder(clip_name), "a" + " owl" * (24 - 1)
-    write_clip(tmp_path / "openai", 32)
-    return ClipEncoder(f"local-dir:{tmp_path / 'openai'}"), " ".join(["owl"] * (77 - 1))
+    return ClipEncoder(openai_name), " ".join(["owl"] * (77 - 1))
 
 
 def test_a_question_that_is_cut_is_told_of_once_and_counted(fresh):

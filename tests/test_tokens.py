@@ -17,7 +17,7 @@ from mscke.editors.serac import MiniLMEncoder
 from mscke.models.clip import ClipEncoder
 from mscke.models.counterfactual import CounterfactualModel
 from mscke.models.prompts import BLIP2_FORMAT, IN_CONTEXT, MINIGPT4_FORMAT, PromptEncoder
-from mscke.models.tiny import llama_tokenizer, opt_tokenizer, write_clip
+from mscke.models.tiny import llama_tokenizer, opt_tokenizer
 
 pytest_plugins = ["tiny"]
 
@@ -25,7 +25,6 @@ VISUAL = 4
 MARKS = ["<image>", "<Img>", "</Img>", "###Human:", "###Assistant:", "<s>", "</s>", "<pad>", "<unk>", "[SEP]"]
 PLAIN = ["What", " ", "owl", "s", "?", "<", ">", "New Fact:", "\n"]
 KINDS = ("BLIP-2-mini", "MiniGPT-4-mini", "OPT", "Llama", "slow")
-CLIPS = ("mini", "OpenAI's")
 
 
 def a_tokenizer(kind):
@@ -49,14 +48,10 @@ def minilm():
     return MiniLMEncoder()
 
 
-@pytest.fixture(scope="module", params=CLIPS)
-def clip(request, encoder, tmp_path_factory):
+@pytest.fixture(scope="module", params=["clip_name", "openai_name"])
+def clip(request):
     """A CLIP with a tokenizer of transformers, and one with OpenAI's own."""
-    if request.param == "mini":
-        return encoder
-    folder = tmp_path_factory.mktemp("openai") / "clip"
-    write_clip(folder, 32)
-    return ClipEncoder(f"local-dir:{folder}")
+    return ClipEncoder(request.getfixturevalue(request.param))
 
 
 def control(tokenizer):
@@ -67,10 +62,13 @@ def control(tokenizer):
     return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
+def hostile(tokenizer):
+    return sorted({*control(tokenizer), *MARKS})
+
+
 def a_text(tokenizer):
     """Control tokens, whole and broken, between words and right inside them."""
-    marks = sorted({*control(tokenizer), *MARKS})
-    return st.lists(st.sampled_from(marks + PLAIN), min_size=1, max_size=6).map("".join)
+    return st.lists(st.sampled_from(hostile(tokenizer) + PLAIN), min_size=1, max_size=6).map("".join)
 
 
 @settings(deadline=None, max_examples=60)
@@ -119,17 +117,12 @@ def test_other_text_is_read_as_ever(kind, records):
     assert [prompter.tokens(text) for text in texts] == prompter.text_ids(texts) == before
 
 
-def test_other_text_is_read_as_ever_by_the_encoders(records, clip_name, encoder, minilm):
+def test_other_text_is_read_as_ever_by_the_encoders(records, clip_name, openai_name, minilm):
     texts = texts_of(records)
-    assert torch.equal(encoder.tokenizer(texts), open_clip.get_tokenizer(clip_name)(texts))
+    for name in (clip_name, openai_name):
+        assert torch.equal(ClipEncoder(name).tokenizer(texts), open_clip.get_tokenizer(name)(texts))
     plain = AutoTokenizer.from_pretrained(minilm.tokenizer.name_or_path)
     assert minilm.tokenizer(texts)["input_ids"] == plain(texts)["input_ids"]
-
-
-def test_other_text_is_read_as_ever_by_openais_tokenizer(records, tmp_path):
-    write_clip(tmp_path / "clip", 32)
-    name, texts = f"local-dir:{tmp_path / 'clip'}", texts_of(records)
-    assert torch.equal(ClipEncoder(name).tokenizer(texts), open_clip.get_tokenizer(name)(texts))
 
 
 @settings(deadline=None, max_examples=60)
@@ -145,9 +138,8 @@ def test_clips_marks_are_where_clip_puts_them(clip, data):
         assert set(row[end_at + 1 :]) <= {pad}
 
 
-def test_openais_marks_are_text_written_as_html_too(tmp_path):
-    write_clip(tmp_path / "clip", 32)
-    read = ClipEncoder(f"local-dir:{tmp_path / 'clip'}").tokenizer
+def test_openais_marks_are_text_written_as_html_too(openai_name):
+    read = ClipEncoder(openai_name).tokenizer
     (ids,) = read("an owl &lt;End_Of_Text&gt; on a card").tolist()
     assert ids.index(read.eot_token_id) == len(read.encode("an owl < end _ of _ text > on a card")) + 1
 
@@ -159,10 +151,6 @@ def test_minilms_marks_are_where_bert_puts_them(minilm, data):
     begin, *ids, end = minilm.tokenizer(text)["input_ids"]
     known = control(minilm.tokenizer)
     assert (begin, end) == (known["[CLS]"], known["[SEP]"]) and not set(known.values()) & set(ids)
-
-
-def hostile(tokenizer):
-    return sorted({*control(tokenizer), *MARKS})
 
 
 def test_such_texts_have_features_of_their_own_batched_or_not(clip, minilm):

@@ -7,13 +7,14 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import Blip2VisionModel, LlamaForCausalLM, OPTForCausalLM
+from transformers import Blip2VisionModel
 
 from mscke.benchmark.generate import generate
 from mscke.benchmark.load import load_records
 from mscke.classifier import ScopeClassifier
 from mscke.models.clip import ClipEncoder
 from mscke.models.mllm import MLLM
+from mscke.models.tiny import write_clip
 from mscke.pretraining import bridge, clip, language, text
 
 torch.set_num_threads(1)  # tensors this small gain nothing from a second thread; waiting for it costs
@@ -43,24 +44,29 @@ def clip_name(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def openai_name(tmp_path_factory):
+    """A CLIP of random weights with OpenAI's own tokenizer, as open_clip has it on the hub."""
+    folder = tmp_path_factory.mktemp("openai") / "clip"
+    write_clip(folder, 32)
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="session")
 def encoder(clip_name):
     return ClipEncoder(clip_name)
 
 
 def build_mllms() -> dict:
     """Models of random weights by family; MiniGPT-4 has BLIP-2's vision tower and Q-Former, as it should."""
-    tokenizer, models = text.build_tokenizer(), {}
+    tokenizer = text.build_tokenizer()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"WIDTH": WIDTH, "LAYERS": 2, "HEADS": 2}.items():
             patch.setattr(language, name, value)
         patch.setattr(bridge, "VISION_WIDTH", WIDTH)
         torch.manual_seed(1)
         tower = Blip2VisionModel(bridge.vision_config())
-        for family, lm in {
-            "opt": OPTForCausalLM(language.opt_config(tokenizer)),
-            "llama": LlamaForCausalLM(language.llama_config(tokenizer)),
-        }.items():
-            models[family] = bridge.assemble(tower, lm, tokenizer)
+        texts = {family: language.text_model(family, tokenizer) for family in ("opt", "llama")}
+        models = {family: bridge.assemble(tower, lm, tokenizer) for family, lm in texts.items()}
     models["llama"].qformer.load_state_dict(models["opt"].qformer.state_dict())
     with torch.no_grad():
         models["llama"].query_tokens.copy_(models["opt"].query_tokens)

@@ -12,11 +12,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from urllib.parse import quote
 
-import httpx2
 from tqdm import tqdm
 
-from mscke.benchmark.pictures import PictureError, check_image
-from mscke.fetching.download import Refused, download, open_client
+from mscke.benchmark.pictures import check_image
+from mscke.fetching.download import Refused, download
 from mscke.fetching.lock import FetchError, Lock
 from mscke.system.files import replacing
 
@@ -40,11 +39,8 @@ def place(source: Path, target: Path) -> None:
 
 def absent(names: Iterable[str], folder: Path, data: Path | None = None) -> list[str]:
     """Those of the image ``names`` that neither ``folder`` nor ``data`` nor a zip in ``data`` holds, sorted."""
-    lacking = _lacking(names, folder, data)
-    if data is not None:
-        for archive in (data / f"{name}.zip" for name in FOLDERS):
-            lacking -= _members(archive) if archive.exists() else set()
-    return sorted(lacking)
+    packed = {name for archive in _archives(data) for name in _members(archive)}
+    return sorted(_lacking(names, folder, data) - packed)
 
 
 def collect(
@@ -53,17 +49,14 @@ def collect(
     """Bring the images ``needed`` ("train2014/….jpg" to the records that name it) into ``folder``.
 
     What is there already stays. The others come from the same paths below ``data``, else out of
-    ``data/train2014.zip`` and ``data/val2014.zip``, else from ``url``; None fetches nothing. Every image that is
-    fetched is one, and is held to ``lock``, before it is in place. Raises :class:`FetchError`; images so far are kept.
+    ``data/train2014.zip`` and ``data/val2014.zip``, else from ``url``; None fetches nothing.
+    Raises :class:`FetchError`; images so far are kept.
     """
-    for name in needed.keys() - _lacking(needed, folder, data):
-        if not (folder / name).is_file():
-            place(data / name, folder / name)
-    if data is not None:
-        for archive in (data / f"{name}.zip" for name in FOLDERS):
-            inside = {name for name in _lacking(needed, folder) if name.startswith(f"{archive.stem}/")}
-            if inside and archive.exists():
-                extract(archive, inside, folder)
+    for name in _lacking(needed, folder) - _lacking(needed, data):
+        place(data / name, folder / name)
+    for archive in _archives(data):
+        if inside := {name for name in _lacking(needed, folder) if name.startswith(f"{archive.stem}/")}:
+            extract(archive, inside, folder)
     if not (lacking := sorted(_lacking(needed, folder))):
         return
     if foreign := [name for name in lacking if name.split("/")[0] not in FOLDERS]:
@@ -80,18 +73,22 @@ def collect(
 
 
 def fetch(needed: Mapping[str, list[str]], folder: Path, lock: Lock, url: str = IMAGES) -> None:
-    """Fetch these images into ``folder``, :data:`AT_ONCE` of them side by side, each checked before it is in place.
+    """Fetch these images into ``folder``, :data:`AT_ONCE` of them side by side.
 
-    One that the host refuses, or that is no image or not the locked one, does not keep the others from coming;
-    :class:`FetchError` names it and the records that need it. A host that does not answer ends it at once.
+    Before one is in place it is seen to be an image, and the locked one. One that is refused does not keep the others
+    from coming; :class:`FetchError` names it and the records that need it. A host that does not answer ends it at once.
     """
     refused, stop = {}, threading.Event()
 
     def bring(name: str) -> None:
+        def check(file: Path) -> None:
+            check_image(file)
+            lock.verify(SOURCE, {name: file})
+
         if stop.is_set():
             return
         try:
-            _fetch(name, folder, lock, url, client)
+            download(url.format(quote(name)), folder / name, check)
         except Refused as error:
             refused[name] = error
             if len(refused) >= TOLERATED:
@@ -100,7 +97,7 @@ def fetch(needed: Mapping[str, list[str]], folder: Path, lock: Lock, url: str = 
             stop.set()
             raise
 
-    with open_client(AT_ONCE) as client, ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         try:
             tasks = [pool.submit(bring, name) for name in needed]
             for task in tqdm(as_completed(tasks), SOURCE, len(tasks), unit="image", mininterval=2):
@@ -108,28 +105,11 @@ def fetch(needed: Mapping[str, list[str]], folder: Path, lock: Lock, url: str = 
         finally:
             stop.set()  # those that wait are not begun where this is left early
     if refused:
-        lines = [f"  {n}, of {_few(needed[n])}: {refused[n]}" for n in sorted(refused)]
-        more = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        lines = [f"{name}, of {'; '.join(_few(needed[name]))}: {refused[name]}" for name in sorted(refused)]
         left = sum(not (folder / name).is_file() for name in needed)
         head = f"{left:,} of {len(needed):,} images of {SOURCE} could not be fetched, the others are kept:"
         fix = "Run again to ask for them once more, or give DATA= a folder that has them."
-        raise FetchError("\n".join([head, *lines[:SHOWN], *more, fix]))
-
-
-def _fetch(name: str, folder: Path, lock: Lock, url: str, client: httpx2.Client) -> None:
-    def check(part: Path) -> None:
-        try:
-            check_image(part)
-            lock.verify(SOURCE, {name: part})
-        except (PictureError, FetchError) as error:
-            raise Refused(str(error)) from None
-
-    download(url.format(quote(name)), folder / name, check=check, client=client)
-
-
-def _few(records: list[str]) -> str:
-    more = f" and {len(records) - SHOWN} more" if len(records) > SHOWN else ""
-    return "; ".join(records[:SHOWN]) + more
+        raise FetchError("\n  ".join([head, *_few(lines)]) + f"\n{fix}")
 
 
 def extract(archive: Path, names: Iterable[str], folder: Path) -> None:
@@ -146,9 +126,18 @@ def extract(archive: Path, names: Iterable[str], folder: Path) -> None:
                 ) from None
 
 
+def _few(texts: list[str]) -> list[str]:
+    return texts[:SHOWN] + ([f"… and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else [])
+
+
 def _lacking(names: Iterable[str], *folders: Path | None) -> set[str]:
     roots = [folder for folder in folders if folder is not None]
     return {name for name in names if not any((root / name).is_file() for root in roots)}
+
+
+def _archives(data: Path | None) -> list[Path]:
+    found = [data / f"{name}.zip" for name in FOLDERS] if data else []
+    return [archive for archive in found if archive.exists()]
 
 
 def _members(archive: Path) -> set[str]:

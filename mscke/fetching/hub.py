@@ -29,10 +29,11 @@ class Parts:
     size: float = 0
 
 
+SEEING = ("vision_model.", "query_tokens", "qformer.")  # what MiniGPT-4 takes of BLIP-2
 _CLIP = Parts(("open_clip_config.json",), ("open_clip*.safetensors", "open_clip*.bin"))
 MODELS = {
     "Salesforce/blip2-opt-2.7b": Parts(size=15.0e9),
-    "Salesforce/blip2-flan-t5-xxl": Parts(tensors=("vision_model.", "query_tokens", "qformer."), size=10.0e9),
+    "Salesforce/blip2-flan-t5-xxl": Parts(tensors=SEEING, size=10.0e9),
     "Vision-CAIR/vicuna-7b": Parts(size=13.5e9),
     "facebook/opt-125m": Parts(size=0.3e9),
     "timm/vit_base_patch32_clip_224.openai": replace(_CLIP, size=0.6e9),
@@ -46,15 +47,16 @@ def snapshot(repo: str, patterns: Iterable[str], revision: str, online: bool, ki
     With ``online=False`` whatever of them the cache holds. Raises :class:`FetchError`.
     """
     try:
-        folder = snapshot_download(
-            repo, repo_type=kind, revision=revision, allow_patterns=list(patterns), local_files_only=not online
+        return Path(
+            snapshot_download(
+                repo, repo_type=kind, revision=revision, allow_patterns=list(patterns), local_files_only=not online
+            )
         )
     except (OSError, httpx2.HTTPError) as error:
         first = str(error).partition("\n")[0]
         why = f"cannot be fetched ({first})" if online else "is not in the hub's cache"
         option = "DATA=" if kind == "dataset" else "MODELS="
         raise FetchError(f"{repo} {why}: go online, or give {option} a folder that has it") from error
-    return Path(folder)
 
 
 def fetch_model(repo: str, parts: Parts, revision: str, online: bool) -> Path:
@@ -79,19 +81,22 @@ def model_files(folder: Path, parts: Parts) -> dict[str, Path]:
     return files
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """The file that holds each tensor, by the tensor's name: a shards' index as transformers writes it."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FetchError(f"{path} is no index of weights, or cut off ({error!r}); fetch it again") from None
+
+
 def _options(folder: Path, parts: Parts) -> list[list[str]]:
     """For each kind of weights: the shards that an index in ``folder`` names, else a pattern."""
-    return [_shards(folder, pattern, parts.tensors) or [pattern] for pattern in parts.weights]
-
-
-def _shards(folder: Path, pattern: str, tensors: tuple[str, ...]) -> list[str]:
-    for index in folder.glob(f"{pattern}.index.json"):
-        try:
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return sorted({file for name, file in where.items() if name.startswith(tensors)})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise FetchError(f"{index} is no index of weights ({error!r}); fetch it again") from None
-    return []
+    found = []
+    for pattern in parts.weights:
+        where = next(map(read_index, folder.glob(f"{pattern}.index.json")), {})
+        shards = sorted({file for name, file in where.items() if name.startswith(parts.tensors)})
+        found.append(shards or [pattern])
+    return found
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[str]:

@@ -29,15 +29,12 @@ class Lock:
         self.path, self.frozen = Path(path), frozen
         try:
             entries = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-            self.entries = {
-                source: {"revision": entry["revision"], "files": dict(entry["files"])}
-                for source, entry in entries.items()
-            }
+            self.entries = {s: {"revision": e["revision"], "files": dict(e["files"])} for s, e in entries.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise FetchError(f"{path} is not a lock file ({error!r}); restore it, or delete it to trust anew") from None
 
     def revision(self, source: str) -> str | None:
-        """The commit or HTTP validator that ``source`` was fetched at, None where that is not known."""
+        """The commit that ``source`` was fetched at, None where that is not known."""
         return self.entries.get(source, {}).get("revision")
 
     def verify(self, source: str, files: Mapping[str, Path]) -> dict[str, str]:

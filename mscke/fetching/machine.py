@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
@@ -20,7 +18,6 @@ from transformers.utils.versions import require_version
 from mscke.config import Track
 from mscke.fetching.lock import FetchError
 
-DRIVERS = {12: 525, 13: 580}  # the oldest driver that PyTorch of each CUDA runs on
 CARDS = {1: 24e9, 2: 48e9}  # bytes of GPU memory, by the number of backbones (README: how that was counted)
 NEARLY = 0.95  # of which a card of that size shows at least
 
@@ -42,9 +39,9 @@ class Room:
 
 def by_disk(rooms: Iterable[Room]) -> list[list[Room]]:
     """Those that share a disk together."""
-    found = defaultdict(list)
+    found = {}
     for room in rooms:
-        found[room.there.stat().st_dev].append(room)
+        found.setdefault(room.there.stat().st_dev, []).append(room)
     return list(found.values())
 
 
@@ -94,30 +91,16 @@ def gpu(track: Track) -> str:
 
 
 def why_no_gpu() -> str:
-    """Why PyTorch sees no GPU, and what to do about it."""
-    torch_is = f"PyTorch {torch.__version__}"
-    if torch.version.cuda is None:
-        return f"{torch_is} is built without CUDA: install the one of requirements.lock, on Linux (make env)"
-    if (driver := driver_version()) is None:
-        return "nvidia-smi finds no NVIDIA driver: run where there is a GPU, and its driver"
-    wanted = DRIVERS.get(int(torch.version.cuda.partition(".")[0]), 0)
-    if int(driver.partition(".")[0]) < wanted:
-        return (
-            f"the NVIDIA driver is {driver}, and {torch_is}, built for CUDA {torch.version.cuda}, wants {wanted} or "
-            "newer: update the driver, or install a PyTorch built for an older CUDA (https://pytorch.org/get-started)"
-        )
-    return f"{torch_is} sees no CUDA device, though the driver is there ({driver}): look at CUDA_VISIBLE_DEVICES"
-
-
-def driver_version() -> str | None:
-    """Of the NVIDIA driver, as nvidia-smi has it."""
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    """Why PyTorch sees no GPU, as it says itself, and what to do about it."""
+    why = "no CUDA device is visible"
     try:
-        said = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.match(r"\s*(\d+(\.\d+)*)", said)
-    return found[1] if found else None
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        why = str(error).strip().partition("\n")[0]
+    return (
+        f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, says: {why}. Run where there is a GPU and a "
+        "driver for this CUDA, with the PyTorch of requirements.lock (make env), and look at CUDA_VISIBLE_DEVICES"
+    )
 
 
 def shown(count: float) -> str:

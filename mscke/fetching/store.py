@@ -1,7 +1,7 @@
 """What the paper track is made of, brought here: FGVEdit, its COCO images, the models.
 
-``python -m mscke.fetching [--data D] [--models M]`` (``make paper-data``) fetches all of it. Nothing is fetched that is
-here already, that a local folder has, or when HF_HUB_OFFLINE=1; all of it is held to the lock file::
+Nothing is fetched that is here already, that a local folder has, or when HF_HUB_OFFLINE=1; all of it is held to the
+lock file::
 
     store = open_store()                                    # MSCKE_DATA, MSCKE_MODELS: local folders
     records = store.benchmark()["test"].records             # images brought, all of it checked
@@ -71,8 +71,8 @@ class Store:
     def annotations(self, sizes: dict[str, int] = SIZES) -> dict[str, Path]:
         """The JSON file of each split where it lies now, read through, counted and locked."""
         source, revision = f"datasets/{FGVEDIT}", None
-        folders = [folder for folder in (self.folder, self.data) if folder is not None]
-        found = next((files for files in map(_files, folders) if len(files) == len(FILES)), None)
+        local = map(_files, filter(None, (self.folder, self.data)))
+        found = next((files for files in local if len(files) == len(FILES)), None)
         if found is None:
             wanted = self.lock.revision(source) or "main"
             patterns = [pattern for name in FILES.values() for pattern in (name, f"*/{name}")]
@@ -97,7 +97,7 @@ class Store:
         """The folder with the files of the hub's model ``repo``: below ``models``, else the hub's cache."""
         parts = parts or hub.MODELS.get(repo, hub.Parts())
         source, revision = f"models/{repo}", None
-        local = [self.models / name for name in (repo, Path(repo).name)] if self.models is not None else []
+        local = [self.models / name for name in (repo, Path(repo).name)] if self.models else []
         folder = next((path for path in local if path.is_dir()), None)
         if folder is None:
             folder = hub.fetch_model(repo, parts, self.lock.revision(source) or "main", self.online)
@@ -108,7 +108,7 @@ class Store:
     def minigpt4(self) -> Path:
         """MiniGPT-4's 7B checkpoint, a dict whose key ``model`` holds ``llama_proj``; off the hub, else Google Drive."""
         source, revision = f"spaces/{SPACE}", None
-        folders = [folder for folder in (self.models, self.folder / "downloads") if folder is not None]
+        folders = filter(None, (self.models, self.folder / "downloads"))
         paths = [folder / name for folder in folders for name in MINIGPT4_NAMES]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
@@ -128,7 +128,7 @@ class Store:
             why = error
         print(f"{why}\nGoogle Drive is asked for {PROJECTION} instead.", file=sys.stderr)
         try:
-            download(DRIVE, path := self.folder / "downloads" / PROJECTION, check=_as_published)
+            download(DRIVE, path := self.folder / "downloads" / PROJECTION, _as_published, bar=True)
         except FetchError as error:
             fix = f"give MODELS= a folder with {PROJECTION}, which MiniGPT-4's README links to"
             raise FetchError(f"{PROJECTION} is to be had neither here ({why}) nor there ({error}): {fix}") from None

@@ -36,12 +36,8 @@ def load_benchmark(track: Track) -> Benchmark:
     :class:`mscke.fetching.lock.FetchError` when something is missing or not as locked.
     """
     of = (track.name, track.store, track.n_train, track.n_test, track.validation, track.seed)
-    if of not in loaded_once:
-        loaded_once[of] = _load(track)
-    return loaded_once[of]
-
-
-def _load(track: Track) -> Benchmark:
+    if of in loaded_once:
+        return loaded_once[of]
     if track.fetched:
         loaded = open_store(track=track).benchmark(track.sizes)
     else:
@@ -49,4 +45,5 @@ def _load(track: Track) -> Benchmark:
         loaded = {split: load_records(path, track.data) for split, path in files.items()}
     train, validation = split_validation(loaded["train"].records, track.validation, track.seed)
     notes = tuple(f"{split}: {note}" for split, found in loaded.items() for note in found.notes)
-    return Benchmark(train, validation, loaded["test"].records, notes)
+    loaded_once[of] = Benchmark(train, validation, loaded["test"].records, notes)
+    return loaded_once[of]

@@ -8,14 +8,13 @@ nothing is rounded, and all of it stays mapped from disk but for the tensor bein
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Size, Tensor
 from transformers import (
     AddedToken,
@@ -26,9 +25,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from mscke.fetching.hub import SEEING, read_index
 from mscke.models.prompts import IMAGE_TOKEN
 
-SEEING = ("vision_model.", "query_tokens", "qformer.")  # what MiniGPT-4 takes of BLIP-2
 TEXT, PROJECTION, LLAMA_PROJECTION = "language_model.", "language_projection.", "llama_proj."
 WORDS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")  # a row each token
 SAVED = ("model.safetensors", "pytorch_model.bin")  # the names transformers saves by, best first
@@ -38,11 +37,11 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 def compose_minigpt4(blip2: Path, minigpt4: Path, vicuna: Path, target: Path, shard: str = "2GB") -> Path:
     """Write MiniGPT-4 to the folder ``target``, or leave the one that is there; returns ``target``.
 
-    ``blip2``: a folder of ``Salesforce/blip2-flan-t5-xxl``, of whose shards those that
-    :func:`seeing_shards` names suffice. ``minigpt4``: MiniGPT-4's 7B checkpoint, a .pth file. ``vicuna``:
-    a folder of Vicuna-7B with its tokenizer. ``shard``: the size of the files that are written.
+    ``blip2``: a folder of ``Salesforce/blip2-flan-t5-xxl``; the shards that see suffice. ``minigpt4``: MiniGPT-4's
+    7B checkpoint, a .pth file. ``vicuna``: a folder of Vicuna-7B with its tokenizer. ``shard``: the size of the files
+    that are written.
 
-    Raises FileNotFoundError or ValueError, naming file and tensor, if a part is missing, damaged or does
+    Raises FileNotFoundError, ValueError or FetchError, naming file and tensor, if a part is missing, damaged or does
     not fit the others; ``target`` appears only when complete.
     """
     if target.exists():
@@ -108,19 +107,6 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, config: Blip2Config, sta
             state[name] = torch.cat([rows, mean.expand(text.vocab_size - len(rows), -1)])
 
 
-def seeing_shards(index: Path) -> list[str]:
-    """Names of BLIP-2's shards that MiniGPT-4 needs, by its ``model.safetensors.index.json``."""
-    return sorted({file for name, file in read_index(index).items() if name.startswith(SEEING)})
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """The file that holds each tensor, by the tensor's name. Raises ValueError if it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not an index of shards, or cut off; fetch it again ({error!r})") from None
-
-
 def locate(source: Path) -> dict[str, Path]:
     """The file that holds each tensor of ``source``: a file of weights, or a folder as transformers saves."""
     if source.is_dir():
@@ -138,15 +124,16 @@ def gather(source: Path, shapes: Mapping[str, Size]) -> dict[str, Tensor]:
 
     Raises ValueError naming file and tensor if one is not there or has another shape.
     """
-    where = locate(source)
+    where, found = locate(source), {}
     files = {path: open_weights(path) for path in sorted({where[n] for n in shapes if n in where})}
     for name, shape in shapes.items():
         path = where.get(name, source)
         if name not in files.get(path, ()):
             raise ValueError(f"{path}: has no tensor {name!r}")
-        if (found := files[path][name].shape) != shape:
-            raise ValueError(f"{path}: {name!r} has shape {tuple(found)}, not {tuple(shape)}")
-    return {name: files[where[name]][name] for name in shapes}
+        found[name] = tensor = files[path][name]
+        if tensor.shape != shape:
+            raise ValueError(f"{path}: {name!r} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+    return found
 
 
 def open_weights(path: Path) -> dict[str, Tensor]:
@@ -159,8 +146,7 @@ def open_weights(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path} is missing")
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return load_file(path)
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # SafetensorError, RuntimeError, EOFError; UnpicklingError for code in a pickle
         refused = type(error).__name__ == "UnpicklingError"
@@ -176,12 +162,6 @@ def outline(config: Blip2Config) -> Blip2ForConditionalGeneration:
 
 
 def memory_needed(config: Blip2Config, dtype: torch.dtype) -> int:
-    """Bytes of a model's weights and buffers once it is loaded in ``dtype``; activations come on top.
-
-    Nothing is loaded. In float16 transformers keeps BLIP-2's Q-Former in float32, and so it is counted.
-    """
-    model, kept = outline(config), Blip2ForConditionalGeneration._keep_in_fp32_modules
-    full = [dtype == torch.float16 and name.split(".")[0] in kept for name, _ in model.named_parameters()]
-    sizes = [torch.float32.itemsize if keep else dtype.itemsize for keep in full]
-    weights = sum(p.numel() * size for p, size in zip(model.parameters(), sizes, strict=True))
-    return weights + sum(buffer.nbytes for buffer in model.buffers())
+    """Bytes of a model's weights and buffers in ``dtype``, float32 or bfloat16; activations come on top."""
+    with torch.device("meta"):
+        return Blip2ForConditionalGeneration._from_config(config, dtype=dtype).get_memory_footprint()

@@ -10,7 +10,7 @@ and trained (the paper's Vicuna).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,17 +19,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mscke.benchmark.sample import Edit, Query
-from mscke.models.decoding import Forced, by_length, generate, teacher_force
+from mscke.models.decoding import Forced, answer_loss, ask_all, generate, teacher_force
 from mscke.models.mllm import MLLM
-from mscke.models.prompts import IN_CONTEXT, Batch, embed
+from mscke.models.prompts import IN_CONTEXT
 
 
 class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
     """A small text model of the base model's family, with a visual projection of its own.
 
-    ``text_config`` is a transformers text config as a dict; ``visual_width`` the Q-Former's width.
-    Use :meth:`beside` or :meth:`pretrained` to make one for a base model, and :meth:`attach` after loading.
-    Its weights are float32; beside a base model in bfloat16 it computes in mixed precision.
+    ``text_config``: a transformers text config as a dict; ``visual_width``: the Q-Former's. After loading,
+    :meth:`attach` it. Its weights are float32; beside a base model in bfloat16 it computes in mixed precision.
     """
 
     def __init__(self, text_config: dict, visual_width: int):
@@ -92,40 +91,26 @@ class CounterfactualModel(nn.Module, PyTorchModelHubMixin):
     def loss(self, queries: Sequence[Query], edits: Sequence[Edit], answers: Sequence[str]) -> Tensor:
         """Mean cross-entropy of the answers' tokens, to be minimised on in-scope queries."""
         encoder = self.base.encoder
-        batch: Batch = encoder.collate(self.prompts(queries, edits), [encoder.answer(a) for a in answers])
-        ids, mask, labels = (part.to(self.base.model.device) for part in (batch.ids, batch.mask, batch.labels))
+        batch = encoder.collate(self.prompts(queries, edits), [encoder.answer(a) for a in answers])
         with self.mixed():
-            embedded = embed(self.language_model, ids, encoder.image_id, self.see(queries))
-            hidden = self.language_model.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
-            logits = self.language_model.lm_head(hidden.last_hidden_state[labels >= 0])
-        return nn.functional.cross_entropy(logits.float(), labels[labels >= 0])
+            return answer_loss(self.language_model, encoder, batch, self.see(queries))[0]
 
-    @torch.inference_mode()
     def answer(self, queries: Sequence[Query], edits: Sequence[Edit], batch_size: int | None = None) -> list[str]:
         """Greedy answers to (B) queries, each under its own edit."""
-        prompts = self.prompts(queries, edits)
+        return self._ask(generate, queries, edits, batch_size)
 
-        def ask(rows: list[int]) -> list[str]:
-            visual = self.see([queries[i] for i in rows])
-            return generate(self.language_model, self.base.encoder, [prompts[i] for i in rows], visual)
-
-        with self.mixed():
-            return by_length(prompts, ask, batch_size or self.base.batch_size)
-
-    @torch.inference_mode()
     def force(
         self, queries: Sequence[Query], edits: Sequence[Edit], answers: Sequence[str], batch_size: int | None = None
     ) -> list[Forced]:
         """Teacher-forced predictions of (B) gold answers, each under its own edit."""
-        encoder, prompts = self.base.encoder, self.prompts(queries, edits)
-        ids = [encoder.answer(a, eos=False) for a in answers]
+        gold = [self.base.encoder.answer(a, eos=False) for a in answers]
+        return self._ask(teacher_force, queries, edits, batch_size, gold)
 
-        def ask(rows: list[int]) -> list[Forced]:
-            texts, visual = (([t[i] for i in rows] for t in (prompts, ids)), self.see([queries[i] for i in rows]))
-            return teacher_force(self.language_model, encoder, *texts, visual)
-
+    @torch.inference_mode()
+    def _ask(self, ask: Callable, queries, edits, batch_size: int | None, *answers: list[list[int]]) -> list:
+        prompts, size = self.prompts(queries, edits), batch_size or self.base.batch_size
         with self.mixed():
-            return by_length(prompts, ask, batch_size or self.base.batch_size)
+            return ask_all(ask, self.language_model, self.base.encoder, queries, self.see, size, prompts, *answers)
 
 
 class _Base:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mscke.benchmark.answers import strict_answer
-from mscke.models.prompts import PromptEncoder, embed
+from mscke.benchmark.sample import Query
+from mscke.models.prompts import Batch, PromptEncoder, embed
 
 NEW_TOKENS = 6  # at most, of an answer, unless the track's records have longer ones
 
 
 @torch.inference_mode()
 def generate(
-    language_model: nn.Module,
-    encoder: PromptEncoder,
-    prompts: list[list[int]],
-    visual: Tensor | None,
+    language_model: nn.Module, encoder: PromptEncoder, prompts: list[list[int]], visual: Tensor | None,
     max_new_tokens: int | None = None,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Greedy answers, of at most ``max_new_tokens`` (the encoder's ``reserve``, unless given).
 
     ``visual`` (V, n, d): one entry for each prompt with placeholders, in order.
@@ -61,13 +60,9 @@ class Forced:
 
 @torch.inference_mode()
 def teacher_force(
-    language_model: nn.Module,
-    encoder: PromptEncoder,
-    prompts: list[list[int]],
-    answers: list[list[int]],
-    visual: Tensor | None,
-    k: int = 10,
-) -> list[Forced]:
+    language_model: nn.Module, encoder: PromptEncoder, prompts: list[list[int]], answers: list[list[int]],
+    visual: Tensor | None, k: int = 10,
+) -> list[Forced]:  # fmt: skip
     """Predict every token given the gold ones before it (the paper's protocol), and whether the answer ends there."""
     batch = encoder.collate(prompts, [[*answer, encoder.eos_id] for answer in answers])
     device = next(language_model.parameters()).device
@@ -84,6 +79,18 @@ def teacher_force(
     return found
 
 
+def answer_loss(
+    language_model: nn.Module, encoder: PromptEncoder, batch: Batch, visual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the answers' tokens, and whether each of them (all rows in one) is the most likely one."""
+    device = next(language_model.parameters()).device
+    ids, mask, labels = (part.to(device) for part in (batch.ids, batch.mask, batch.labels))
+    embedded = embed(language_model, ids, encoder.image_id, visual)
+    hidden = language_model.model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).last_hidden_state
+    logits, labels = language_model.lm_head(hidden[labels >= 0]), labels[labels >= 0]
+    return F.cross_entropy(logits.float(), labels), logits.argmax(-1) == labels
+
+
 def in_batches(n: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
@@ -93,3 +100,16 @@ def by_length(prompts: list[list[int]], ask: Callable[[list[int]], list], size: 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [result for part in in_batches(len(order), size) for result in ask(order[part])]
     return [found[place] for place in sorted(range(len(order)), key=order.__getitem__)]
+
+
+def ask_all(
+    ask: Callable, language_model: nn.Module, encoder: PromptEncoder, queries: Sequence[Query], see: Callable,
+    size: int, prompts: list[list[int]], *answers: list[list[int]],
+) -> list:  # fmt: skip
+    """:func:`generate` or :func:`teacher_force` of (B) queries, ``size`` at a time; ``see`` gives their visual tokens."""
+
+    def some(rows: list[int]) -> list:
+        texts = ([text[i] for i in rows] for text in (prompts, *answers))
+        return ask(language_model, encoder, *texts, see([queries[i] for i in rows]))
+
+    return by_length(prompts, some, size)

@@ -7,7 +7,7 @@ the two is a :class:`PromptFormat`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from weakref import WeakMethod
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTraine
 
 from mscke.benchmark.pictures import open_image
 from mscke.benchmark.sample import Query
-from mscke.models.decoding import NEW_TOKENS, Forced, by_length, generate, teacher_force
+from mscke.models.decoding import NEW_TOKENS, Forced, ask_all, generate, teacher_force
 from mscke.models.features import ImageTable
 from mscke.models.names import fingerprint, loaded_from
 from mscke.models.prompts import FORMATS, IMAGE_TOKEN, PromptEncoder
@@ -32,7 +32,12 @@ def load_pixels(paths: Sequence[str], size: int) -> Tensor:
     """Images as BLIP-2 reads them: resized to ``size``², normalised; float32 (B, 3, size, size)."""
     images = [open_image(p) for p in paths]
     images = [i if i.size == (size, size) else i.resize((size, size), Image.Resampling.BICUBIC) for i in images]
-    pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 255
+    return normalise([np.asarray(i) for i in images])
+
+
+def normalise(images: Sequence[np.ndarray]) -> Tensor:
+    """uint8 images (H, W, 3) as BLIP-2 and CLIP read them: float32 (B, 3, H, W)."""
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
@@ -47,14 +52,9 @@ class MLLM:
     """
 
     def __init__(
-        self,
-        model: Blip2ForConditionalGeneration,
-        tokenizer: PreTrainedTokenizerBase,
-        name: str,
-        cache: Path | None = None,
-        image_size: int | None = None,
-        batch_size: int = 128,
-    ):
+        self, model: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, name: str,
+        cache: Path | None = None, image_size: int | None = None, batch_size: int = 128,
+    ):  # fmt: skip
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         text, visual = model.config.text_config, model.config.num_query_tokens
         room = (text.max_position_embeddings, NEW_TOKENS)
@@ -65,30 +65,22 @@ class MLLM:
                 f"{self.encoder.image_id} in its tokenizer; take both from one revision"
             )
         self.image_size = image_size or model.config.vision_config.image_size
-        self.batch_size = batch_size
-        self.cache = cache
+        self.batch_size, self.cache = batch_size, cache
         self._answers: dict[Query, str] = {}
         self._forced: dict[tuple[Query, str], Forced] = {}
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder: str | Path,
-        name: str,
-        cache: Path | None = None,
-        image_size: int | None = None,
-        batch_size: int = 128,
-        **kwargs,
-    ) -> MLLM:
+        cls, folder: str | Path, name: str, cache: Path | None = None, image_size: int | None = None,
+        batch_size: int = 128, **kwargs,
+    ) -> MLLM:  # fmt: skip
         """Load a model saved in transformers' own format (safetensors only).
 
         ``cache``: a folder in which the images' features survive the process. ``kwargs`` go to
         transformers: ``dtype`` (float32 unless told), ``device_map``, ``quantization_config``.
         """
-        kwargs = {"dtype": torch.float32} | kwargs
-        model = Blip2ForConditionalGeneration.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, **kwargs
-        )
+        kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False} | kwargs
+        model = Blip2ForConditionalGeneration.from_pretrained(folder, **kwargs)
         if cache:
             loaded_from(folder, model, cache, repr(kwargs.get("quantization_config")))
         return cls(model, AutoTokenizer.from_pretrained(folder), name, cache, image_size, batch_size)
@@ -119,15 +111,18 @@ class MLLM:
         return self.images.columns[0][rows]
 
     def _look(self, paths: list[str]) -> tuple[Tensor]:
-        pixels = load_pixels(paths, self.image_size).to(self.model.device, self.model.dtype)
+        return (self.look(load_pixels(paths, self.image_size)),)
+
+    def look(self, pixels: Tensor) -> Tensor:
+        """Q-Former features (B, n, d_q) of normalised pixels (B, 3, H, W)."""
+        pixels = pixels.to(self.model.device, self.model.dtype)
         states = self.model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
-        tokens = self.model.query_tokens.expand(len(paths), -1, -1)
-        return (self.model.qformer(query_embeds=tokens, encoder_hidden_states=states)[0],)
+        tokens = self.model.query_tokens.expand(len(pixels), -1, -1)
+        return self.model.qformer(query_embeds=tokens, encoder_hidden_states=states)[0]
 
     def see(self, queries: Sequence[Query]) -> Tensor | None:
         """Visual tokens (V, n, d) of the queries that have an image, in order."""
-        paths = [q.image for q in queries if q.image is not None]
-        if not paths:
+        if not (paths := [q.image for q in queries if q.image is not None]):
             return None
         weight = self.model.language_projection.weight
         with torch.inference_mode():
@@ -144,27 +139,18 @@ class MLLM:
     def answer(self, queries: Sequence[Query], batch_size: int | None = None) -> list[str]:
         """Greedy answers to (B) queries, in lower case and without a closing stop."""
         new = [q for q in dict.fromkeys(queries) if q not in self._answers]
-        prompts = self.prompts(new)
-
-        def ask(rows: list[int]) -> list[str]:
-            visual = self.see([new[i] for i in rows])
-            return generate(self.model.language_model, self.encoder, [prompts[i] for i in rows], visual)
-
-        texts = by_length(prompts, ask, batch_size or self.batch_size)
-        self._answers.update(zip(new, texts, strict=True))
+        self._answers.update(zip(new, self._ask(generate, new, batch_size), strict=True))
         return [self._answers[q] for q in queries]
 
     def force(self, queries: Sequence[Query], answers: Sequence[str], batch_size: int | None = None) -> list[Forced]:
         """Teacher-forced predictions of (B) gold answers."""
         pairs = list(zip(queries, answers, strict=True))
         new = [p for p in dict.fromkeys(pairs) if p not in self._forced]
-        prompts = self.prompts([query for query, _ in new])
-        ids = [self.encoder.answer(answer, eos=False) for _, answer in new]
-
-        def ask(rows: list[int]) -> list[Forced]:
-            texts, visual = (([t[i] for i in rows] for t in (prompts, ids)), self.see([new[i][0] for i in rows]))
-            return teacher_force(self.model.language_model, self.encoder, *texts, visual)
-
-        found = by_length(prompts, ask, batch_size or self.batch_size)
+        gold = [self.encoder.answer(answer, eos=False) for _, answer in new]
+        found = self._ask(teacher_force, [query for query, _ in new], batch_size, gold)
         self._forced.update(zip(new, found, strict=True))
         return [self._forced[p] for p in pairs]
+
+    def _ask(self, ask: Callable, queries: list[Query], batch_size: int | None, *answers: list[list[int]]) -> list:
+        model, size = self.model.language_model, batch_size or self.batch_size
+        return ask_all(ask, model, self.encoder, queries, self.see, size, self.prompts(queries), *answers)

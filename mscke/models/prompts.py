@@ -45,8 +45,8 @@ FORMATS = {"opt": BLIP2_FORMAT, "llama": MINIGPT4_FORMAT}
 class Batch:
     """Token sequences, padded on one side.
 
-    ``ids`` (B, L) long; ``mask`` (B, L) long, 1 on real tokens; ``labels`` (B, L) long: the token
-    to be predicted *at* each position of the answer, −100 elsewhere.
+    All (B, L) long. ``mask`` is 1 on real tokens; ``labels``: the token to be predicted *at* each position of the
+    answer, −100 elsewhere.
     """
 
     ids: Tensor
@@ -62,28 +62,20 @@ class PromptEncoder:
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt: PromptFormat,
-        n_visual: int,
-        positions: float = math.inf,
+        self, tokenizer: PreTrainedTokenizerBase, prompt: PromptFormat, n_visual: int, positions: float = math.inf,
         reserve: int = 0,
-    ):
+    ):  # fmt: skip
         self.tokenizer, self.n_visual, self.stop = tokenizer, n_visual, prompt.stop
         self.positions, self.reserve = positions, reserve
         # as transformers' processor of BLIP-2 does; nothing is added where it is there already
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-        visual = [self.image_id] * n_visual
-        start, before, after = (self._piece(piece) for piece in (prompt.start, prompt.before, prompt.after))
-        self._image_prefix = start + before + visual + after
+        # here, and only here, "</s>" is a control token
+        pieces = tokenizer([prompt.start, prompt.before, prompt.after], add_special_tokens=False)["input_ids"]
+        self._image_prefix = [*pieces[0], *pieces[1], *[self.image_id] * n_visual, *pieces[2]]
         self._text_prefix = [tokenizer.bos_token_id]
         self._memo: dict[str, list[int]] = {}
-
-    def _piece(self, text: str) -> list[int]:
-        """Ids of a piece of our own: here, and only here, "</s>" is a control token."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def text_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of texts; no control token is among them."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from mscke.benchmark.sample import SHOWN, EditRecord, RecordError
 from mscke.models.mllm import MLLM
-from mscke.models.prompts import IN_CONTEXT, TEMPLATE, TooLong
+from mscke.models.prompts import IN_CONTEXT, TEMPLATE, PromptEncoder, TooLong
 
 FIELDS = {  # of a record's JSON: the question and the answer of each role
     "reliability": ("src", "alt"), "generality": ("rephrase", "alt"), "in_scope": ("fg_gen_q", "fg_gen_a"),
@@ -54,19 +54,19 @@ def check_records(base: MLLM, records: Sequence[EditRecord]) -> None:
     Each question must fit in with the record's edit in its context, and with its answer, which may take
     ``encoder.reserve`` tokens at least: so the longest of its prompts is read.
     """
-    encoder, asked = base.encoder, [(r, role, _read(r, role)) for r in records for role in FIELDS]
-    texts = list({text for *_, read in asked for text in read})
-    tokens = dict(zip(texts, map(len, encoder.text_ids(texts)), strict=True)) if texts else {}
-    lines = {}
-    for record, role, texts in asked:
-        *read, answer = (tokens[text] for text in texts)
+    encoder, lines = base.encoder, {}
+    asked = [(record, role, *_read(record, role)) for record in records for role in FIELDS]
+    tokens = _count(encoder, [text for *_, read, fields in asked for text in (*read, *fields.values())])
+    for record, role, read, fields in asked:
+        *told, answer = (tokens[text] for text in read)
+        total = sum(told) + max(answer, encoder.reserve)
         room = encoder.positions - encoder.prefix_length(record.queries[role].image is not None)
-        if (total := sum(read) + max(answer, encoder.reserve)) > room:
-            field, n = _longest(base, record, role)
+        if total > room:
+            field = max(fields, key=lambda name: tokens[fields[name]])
             lines.setdefault(
                 (record.id, field),
-                f'  record {record.id}, field "{field}": {n:,} tokens, {total:,} with edit, question and answer; '
-                f"{base.name} has room for {room:,}",
+                f'  record {record.id}, field "{field}": {tokens[fields[field]]:,} tokens, {total:,} with edit, question '
+                f"and answer; {base.name} has room for {room:,}",
             )
     if lines:
         more = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
@@ -74,16 +74,13 @@ def check_records(base: MLLM, records: Sequence[EditRecord]) -> None:
         raise RecordError("\n".join([head, *list(lines.values())[:SHOWN], *more]))
 
 
-def _read(record: EditRecord, role: str) -> tuple[str, str, str]:
-    """What is read together in a prompt: context, question and answer."""
-    context = IN_CONTEXT.format(record.edit.prompt, record.edit.answer)
-    return context, TEMPLATE.format(record.queries[role].question), " " + record.answers[role]
+def _read(record: EditRecord, role: str) -> tuple[tuple[str, str, str], dict[str, str]]:
+    """What is read together in a prompt (context, question and answer), and the fields that it is made of."""
+    edit, question, answer = record.edit, record.queries[role].question, record.answers[role]
+    read = IN_CONTEXT.format(edit.prompt, edit.answer), TEMPLATE.format(question), " " + answer
+    return read, {"src": edit.prompt, "alt": edit.answer} | dict(zip(FIELDS[role], (question, answer), strict=True))
 
 
-def _longest(base: MLLM, record: EditRecord, role: str) -> tuple[str, int]:
-    """The longest of the fields that are read together, and its tokens."""
-    values = {"src": record.edit.prompt, "alt": record.edit.answer}
-    values |= dict(zip(FIELDS[role], (record.queries[role].question, record.answers[role]), strict=True))
-    lengths = dict(zip(values, map(len, base.encoder.text_ids(list(values.values()))), strict=True))
-    field = max(lengths, key=lengths.get)
-    return field, lengths[field]
+def _count(encoder: PromptEncoder, texts: Sequence[str]) -> dict[str, int]:
+    texts = list(dict.fromkeys(texts))
+    return dict(zip(texts, map(len, encoder.text_ids(texts)), strict=True)) if texts else {}

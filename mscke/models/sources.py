@@ -68,7 +68,7 @@ def load_mllm(track: Track, backbone: str, cache: Path | None = None) -> MLLM:
     Where models are fetched, what its weights take is said before they are loaded, and they are loaded once
     as long as anyone holds them. Raises MemoryError if the GPU has not that much left.
     """
-    if held := _HELD.get((track.name, backbone, cache)):
+    if held := _HELD.get(key := (track.name, backbone, cache)):
         return held
     kind, _, shape = (source := track.backbones[backbone]).partition(":")
     device, options = device_of(track), {"image_size": track.image_size, "batch_size": track.batch_size}
@@ -76,19 +76,19 @@ def load_mllm(track: Track, backbone: str, cache: Path | None = None) -> MLLM:
     if kind == "shape":
         check_memory(backbone, memory_needed(shapes.blip2_config(shape), dtype), device, rounded=False)
         model = shapes.mllm(shape, list(texts_of(track)), device, dtype, track.seed)
-        _HELD[track.name, backbone, cache] = mllm = MLLM(*model, backbone, None, **options)
+        _HELD[key] = mllm = MLLM(*model, backbone, None, **options)
         return mllm
-    folder, options["dtype"] = find(track, source), dtype
+    folder = find(track, source)
     if device.type == "cuda":
         options["device_map"] = {"": device.index}
     if track.fetched:
         config = AutoConfig.from_pretrained(folder)
-        check_memory(backbone, memory_needed(config, options["dtype"]), device, track.eight_bit)
+        check_memory(backbone, memory_needed(config, dtype), device, track.eight_bit)
         if track.eight_bit and device.type == "cuda":
             options["quantization_config"] = eight_bit(config)
-    mllm = MLLM.from_pretrained(folder, backbone, cache, **options)
+    mllm = MLLM.from_pretrained(folder, backbone, cache, dtype=dtype, **options)
     if track.fetched:
-        _HELD[track.name, backbone, cache] = mllm
+        _HELD[key] = mllm
     return mllm
 
 
@@ -130,20 +130,19 @@ def make_counterfactual(track: Track, base: MLLM) -> CounterfactualModel:
 
     Raises ValueError if that has fewer positions than ``base``.
     """
-    source = track.counterfactuals.get(base.name, "")
-    if source.startswith("last:"):
-        return LastLayers(base, int(source.removeprefix("last:")))
-    if source:
-        kind, _, shape = source.partition(":")
-        if kind == "shape":
-            model = CounterfactualModel.around(base, shapes.text_model(shape, track.seed))
-        else:
-            model = CounterfactualModel.pretrained(base, find(track, source))
-        positions = model.language_model.config.max_position_embeddings
-        if positions < base.encoder.positions:
-            raise ValueError(
-                f"{source} has {positions:,} positions and {base.name}, whose questions it answers with an edit "
-                f"before them, {base.encoder.positions:,}: take one with as many"
-            )
-        return model
-    return CounterfactualModel.beside(base)
+    if not (source := track.counterfactuals.get(base.name)):
+        return CounterfactualModel.beside(base)
+    kind, _, what = source.partition(":")
+    if kind == "last":
+        return LastLayers(base, int(what))
+    if kind == "shape":
+        model = CounterfactualModel.around(base, shapes.text_model(what, track.seed))
+    else:
+        model = CounterfactualModel.pretrained(base, find(track, source))
+    positions = model.language_model.config.max_position_embeddings
+    if positions < base.encoder.positions:
+        raise ValueError(
+            f"{source} has {positions:,} positions and {base.name}, whose questions it answers with an edit "
+            f"before them, {base.encoder.positions:,}: take one with as many"
+        )
+    return model

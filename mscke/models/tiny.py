@@ -177,7 +177,7 @@ def write(track: Track) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".sources-", dir=target.parent) as scratch:
         data, hub = Path(scratch) / target.name / "data", Path(scratch) / target.name / "models"
-        texts = write_data(data, {"train": track.n_train, "test": track.n_test})
+        texts = write_data(data, track.sizes)
         texts += [TEMPLATE, IN_CONTEXT, "###Human: <Img></Img> "]
         write_blip2_opt(hub / "Salesforce/blip2-opt-2.7b", texts)
         write_blip2_t5(hub / "Salesforce/blip2-flan-t5-xxl")

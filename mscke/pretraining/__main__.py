@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import Blip2VisionModel, LlamaForCausalLM, OPTForCausalLM
+from transformers import Blip2VisionModel
 
 from mscke.config import ASSETS, ROOT
 from mscke.models.prompts import FORMATS, PromptEncoder
@@ -23,23 +23,14 @@ from mscke.pretraining import bridge, card, clip, language, text, vision
 
 WORK = ROOT / "outputs" / "pretrain"
 STEPS = {
-    "vision": 700, "opt": 6000, "opt-neighbours": 1200, "llama": 6000, "llama-neighbours": 1200, "clip-mini-b": 500, "clip-mini-l": 650, "clip-mini-s": 4000,
+    "vision": 700, "opt": 6000, "opt-neighbours": 1200, "llama": 6000, "llama-neighbours": 1200,
+    "clip-mini-b": 500, "clip-mini-l": 650, "clip-mini-s": 4000,
     "blip2-distil": 800, "blip2-join": 1200, "minigpt4-distil": 300, "minigpt4-join": 700,
 }  # fmt: skip
 DENSE_STEPS = {"clip-mini-b": 400, "clip-mini-l": 400, "clip-mini-s": 1000}
 SEEDS = {
-    name: i
-    for i, name in enumerate(
-        ["opt", "llama", "vision", "clip-mini-b", "clip-mini-l", "blip2", "minigpt4", "clip-mini-s"]
-    )
-}
-
-
-def language_model(family: str) -> nn.Module:
-    tokenizer = text.build_tokenizer()
-    if family == "opt":
-        return OPTForCausalLM(language.opt_config(tokenizer))
-    return LlamaForCausalLM(language.llama_config(tokenizer))
+    "opt": 0, "llama": 1, "vision": 2, "clip-mini-b": 3, "clip-mini-l": 4, "blip2": 5, "minigpt4": 6, "clip-mini-s": 7,
+}  # fmt: skip
 
 
 def encoder(family: str) -> PromptEncoder:
@@ -66,48 +57,48 @@ def run_vision() -> None:
 def run_language(family: str) -> None:
     torch.manual_seed(SEEDS[family])
     tokenizer = text.build_tokenizer()
-    language.pretrain_language(language_model(family), encoder(family), tokenizer, family, STEPS[family], WORK)
-    model, symbols = symbolic(family, strict=False)
+    model = language.text_model(family, tokenizer)
+    symbols = language.SymbolicTokens(model, tokenizer)
+    language.pretrain_language(model, symbols, encoder(family), family, STEPS[family], WORK, seed=0)
     name = f"{family}-neighbours"
-    language.learn_neighbours(model, symbols, encoder(family), name, STEPS[name], WORK, SEEDS[family])
+    model, symbols = symbolic(family)
+    language.pretrain_language(model, symbols, encoder(family), name, STEPS[name], WORK, SEEDS[family])
 
 
-def symbolic(stage: str, strict: bool = True) -> tuple[nn.Module, language.NeighbourTokens]:
-    """The text model of a finished language stage and its symbolic tokens.
-
-    Not ``strict``: the stage's tokens did not tell of their neighbours yet.
-    """
-    model, state = language_model(stage.split("-")[0]), stage_state(stage)
-    symbols = language.NeighbourTokens(model, text.build_tokenizer(), language.WIDTH)
+def symbolic(stage: str) -> tuple[nn.Module, language.SymbolicTokens]:
+    """The text model of a finished language stage, and its symbolic tokens, which may tell of their neighbours."""
+    tokenizer, state = text.build_tokenizer(), stage_state(stage)
+    model = language.text_model(stage.split("-")[0], tokenizer)
+    symbols = language.SymbolicTokens(model, tokenizer, neighbours=True)
     model.load_state_dict(state["language_model"])
-    symbols.load_state_dict(state["symbols"], strict=strict)
+    symbols.load_state_dict(state["symbols"], strict=stage.endswith("-neighbours"))
     return model, symbols
 
 
 def run_blip2() -> None:
     """BLIP-2-mini: a new Q-Former between the pretrained vision tower and OPT."""
-    torch.manual_seed(SEEDS["blip2"])
-    tokenizer = text.build_tokenizer()
+    torch.manual_seed(seed := SEEDS["blip2"])
     tower = Blip2VisionModel(bridge.vision_config())
     tower.load_state_dict(stage_state("vision")["tower"])
     lm, symbols = symbolic("opt-neighbours")
-    model = bridge.assemble(tower, lm, tokenizer)
-    bridge.distil(model, symbols, "blip2-distil", STEPS["blip2-distil"], WORK, SEEDS["blip2"])
-    bridge.join(model, encoder("opt"), "blip2-join", STEPS["blip2-join"], WORK, SEEDS["blip2"])
+    model = bridge.assemble(tower, lm, text.build_tokenizer())
+    bridge.distil(model, symbols, "blip2-distil", STEPS["blip2-distil"], WORK, seed)
+    bridge.join(model, encoder("opt"), "blip2-join", STEPS["blip2-join"], WORK, seed)
     save(model, "blip2-mini")
 
 
 def run_minigpt4() -> None:
     """MiniGPT-4-mini: BLIP-2-mini's vision tower and Q-Former, frozen; a projection of its own; Llama."""
-    torch.manual_seed(SEEDS["minigpt4"])
-    blip2 = bridge.assemble(Blip2VisionModel(bridge.vision_config()), language_model("opt"), text.build_tokenizer())
+    torch.manual_seed(seed := SEEDS["minigpt4"])
+    tokenizer = text.build_tokenizer()
+    tower = Blip2VisionModel(bridge.vision_config())
+    blip2 = bridge.assemble(tower, language.text_model("opt", tokenizer), tokenizer)
     blip2.load_state_dict(stage_state("blip2-join")["model"])
     lm, symbols = symbolic("llama-neighbours")
-    model = bridge.assemble(blip2.vision_model, lm, text.build_tokenizer())
+    model = bridge.assemble(blip2.vision_model, lm, tokenizer)
     model.qformer.load_state_dict(blip2.qformer.state_dict())
     model.query_tokens.data.copy_(blip2.query_tokens)
-    steps, seed = STEPS["minigpt4-distil"], SEEDS["minigpt4"]
-    bridge.distil(model, symbols, "minigpt4-distil", steps, WORK, seed, qformer=False)
+    bridge.distil(model, symbols, "minigpt4-distil", STEPS["minigpt4-distil"], WORK, seed, qformer=False)
     bridge.join(model, encoder("llama"), "minigpt4-join", STEPS["minigpt4-join"], WORK, seed, qformer=False)
     save(model, "minigpt4-mini")
 
@@ -132,7 +123,7 @@ def run_card() -> None:
         shutil.copy(path, ASSETS / "curves" / path.name)
     measured = card.measure(ASSETS)
     (ASSETS / "measured.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    (ASSETS / "README.md").write_text(card.render(measured, ASSETS / "curves"), encoding="utf-8")
+    (ASSETS / "README.md").write_text(card.render(measured, ASSETS), encoding="utf-8")
 
 
 RUN = {

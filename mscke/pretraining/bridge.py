@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig
 
-from mscke.benchmark.scenes import HELD_OUT_FOLD, PRETRAINING_FOLDS, Scene, sample_scene_of
+from mscke.benchmark.scenes import HELD_OUT_FOLD, Scene
 from mscke.models.prompts import IMAGE_TOKEN
 from mscke.pretraining.language import N_CELLS, Lesson, accuracy
 from mscke.pretraining.loop import train
-from mscke.pretraining.vision import pixels
+from mscke.pretraining.vision import draw, pixels
 
 VISION_WIDTH = 160
 
@@ -82,14 +82,11 @@ def distil(model, symbols: nn.Module, name: str, steps: int, folder: Path, seed:
             target = symbols(scenes)
         return (look(scenes) - target).square().mean() / target.var()
 
-    def step(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
-        return {"loss": error([sample_scene_of(rng, PRETRAINING_FOLDS) for _ in range(64)])}
-
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        rng = np.random.default_rng([seed, 97])
-        return {"held_out": float(error([sample_scene_of(rng, HELD_OUT_FOLD) for _ in range(256)]))}
+        return {"held_out": float(error(draw(np.random.default_rng([seed, 97]), 256, HELD_OUT_FOLD)))}
 
+    step = lambda rng, _: {"loss": error(draw(rng, 64))}  # noqa: E731
     train(name, {"model": model}, step, steps, 1e-3, folder, seed, evaluate, muon=2e-3)
 
 

@@ -9,53 +9,47 @@ import open_clip
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.stats import binomtest
 
 from mscke.benchmark.facts import world_facts
 from mscke.benchmark.questions import ATTRIBUTES, Question, references
 from mscke.benchmark.sample import Query
-from mscke.benchmark.scenes import HELD_OUT, HELD_OUT_FOLD, sample_scene_of
+from mscke.benchmark.scenes import HELD_OUT, HELD_OUT_FOLD
 from mscke.models.decoding import generate
 from mscke.models.mllm import MLLM
 from mscke.pretraining.clip import SIZES, encode, sample_phrase
-from mscke.pretraining.questions import sample_question
-from mscke.pretraining.vision import cells_of_patches, pixels
-
-KINDS_OF_REFERENCE = ("colour", "place", "relation", "category", "name")
+from mscke.pretraining.questions import REFERENCE_WEIGHTS, sample_question
+from mscke.pretraining.vision import cells_of_patches, draw, pixels
 
 
 def interval(right: list[bool] | np.ndarray) -> dict[str, float]:
     """Share in per cent with a 95 % Wilson interval, and n."""
-    n, p, z = len(right), float(np.mean(right)), 1.959964
-    centre, half = (p + z * z / (2 * n)), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    lo, hi = ((centre + s * half) / (1 + z * z / n) for s in (-1, 1))
-    return {"value": round(100 * p, 2), "lo": round(100 * lo, 2), "hi": round(100 * hi, 2), "n": n}
+    found = binomtest(int(np.sum(right)), len(right)).proportion_ci(method="wilson")
+    shares = {"value": np.mean(right), "lo": found.low, "hi": found.high}
+    return {name: round(100 * float(share), 2) for name, share in shares.items()} | {"n": len(right)}
 
 
 @torch.inference_mode()
-def ask(mllm: MLLM, scenes: list, questions: list[Question], batch: int = 250) -> list[str]:
-    """Greedy answers from rendered pixels, one question a scene."""
-    model, answers = mllm.model, []
+def hits(mllm: MLLM, scenes: list, questions: list[Question], batch: int = 250) -> list[bool]:
+    """Whether greedy answers from rendered pixels are right, one question a scene."""
+    answers = []
     for i in range(0, len(scenes), batch):
-        states = model.vision_model(pixel_values=pixels(scenes[i : i + batch])).last_hidden_state
-        queries = model.query_tokens.expand(len(states), -1, -1)
-        visual = model.language_projection(model.qformer(query_embeds=queries, encoder_hidden_states=states)[0])
+        visual = mllm.model.language_projection(mllm.look(pixels(scenes[i : i + batch])))
         prompts = [mllm.encoder.prompt(q.text(), True) for q in questions[i : i + batch]]
-        answers += generate(model.language_model, mllm.encoder, prompts, visual)
-    return answers
+        answers += generate(mllm.model.language_model, mllm.encoder, prompts, visual)
+    return [a == q.answer(s) for a, q, s in zip(answers, questions, scenes, strict=True)]
 
 
 def measure_mllm(mllm: MLLM, n: int = 3000, seed: int = 7) -> dict[str, dict]:
     """Accuracy in per cent on held-out scenes: overall, by reference kind, by attribute, facts, held-out kinds."""
     rng = np.random.default_rng(seed)
-    scenes = [sample_scene_of(rng, HELD_OUT_FOLD) for _ in range(n)]
+    scenes = draw(rng, n, HELD_OUT_FOLD)
     questions = [sample_question(rng, s) for s in scenes]
-    right = np.array(
-        [a == q.answer(s) for a, q, s in zip(ask(mllm, scenes, questions), questions, scenes, strict=True)]
-    )
+    right = np.array(hits(mllm, scenes, questions))
     reference = np.array([q.reference.kind if q.reference else "none" for q in questions])
     attribute = np.array([q.attribute for q in questions])
     result = {"all questions": interval(right)}
-    result |= {f"reference: {k}": interval(right[reference == k]) for k in KINDS_OF_REFERENCE}
+    result |= {f"reference: {k}": interval(right[reference == k]) for k in REFERENCE_WEIGHTS}
     result |= {f"attribute: {k}": interval(right[attribute == k]) for k in ATTRIBUTES}
     facts = world_facts()
     answers = mllm.answer([Query(q) for q, _ in facts])
@@ -65,36 +59,32 @@ def measure_mllm(mllm: MLLM, n: int = 3000, seed: int = 7) -> dict[str, dict]:
         cell = scene.entities[0].cell
         changed = scene.with_kind(cell, HELD_OUT[int(rng.integers(len(HELD_OUT)))])
         unseen.append((changed, Question("name", references(changed, changed.at(cell), ("colour",))[0])))
-    named = ask(mllm, *map(list, zip(*unseen, strict=True)))
-    result["held-out kinds named"] = interval([a == q.answer(s) for a, (s, q) in zip(named, unseen, strict=True)])
+    result["held-out kinds named"] = interval(hits(mllm, *map(list, zip(*unseen, strict=True))))
     return result
 
 
 @torch.inference_mode()
 def measure_clip(folder: Path, n: int = 500, seed: int = 7) -> dict[str, dict]:
     """Pointing accuracy in per cent: the best patch of a phrase lies on what it names."""
-    model, tokenizer = (open_clip.create_model(f"local-dir:{folder}"), open_clip.get_tokenizer(f"local-dir:{folder}"))
+    name = f"local-dir:{folder}"
+    model, tokenizer = open_clip.create_model(name), open_clip.get_tokenizer(name)
     rng = np.random.default_rng(seed)
-    scenes = [sample_scene_of(rng, HELD_OUT_FOLD) for _ in range(n)]
+    scenes = draw(rng, n, HELD_OUT_FOLD)
     phrases = [sample_phrase(rng, s) for s in scenes for _ in range(4)]
     text, _, patches, *_ = encode(model.eval(), tokenizer([t for t, _, _ in phrases]), pixels(scenes))
     scores = F.normalize(text, dim=-1).unflatten(0, (-1, 4)) @ F.normalize(patches, dim=-1).mT
     found = cells_of_patches(16)[scores.flatten(0, 1).argmax(-1).numpy()]
     right = found == np.array([cell for _, cell, _ in phrases])
     kinds = np.array([r.kind for _, _, r in phrases])
-    return {"all phrases": interval(right)} | {
-        f"reference: {k}": interval(right[kinds == k]) for k in KINDS_OF_REFERENCE
-    }
+    of_kinds = {f"reference: {k}": interval(right[kinds == k]) for k in REFERENCE_WEIGHTS}
+    return {"all phrases": interval(right)} | of_kinds
 
 
 def measure(assets: Path) -> dict[str, dict]:
     """Everything the card reports, model by model."""
-    measured = {}
-    for folder, name in (("blip2-mini", "BLIP-2-mini"), ("minigpt4-mini", "MiniGPT-4-mini")):
-        measured[name] = measure_mllm(MLLM.from_pretrained(assets / folder, name))
-    for folder in SIZES:
-        measured[folder] = measure_clip(assets / folder)
-    return measured
+    mllms = {name: MLLM.from_pretrained(assets / PARTS[name][0], name) for name in ("BLIP-2-mini", "MiniGPT-4-mini")}
+    measured = {name: measure_mllm(mllm) for name, mllm in mllms.items()}
+    return measured | {name: measure_clip(assets / name) for name in SIZES}
 
 
 PARTS = {
@@ -102,36 +92,14 @@ PARTS = {
     "MiniGPT-4-mini": ("minigpt4-mini", ("llama", "llama-neighbours", "minigpt4-distil", "minigpt4-join")),
 } | {name: (name, (f"{name}-dense", name)) for name in SIZES}
 
-INTRODUCTION = """# The pretrained mini models
 
-Small models that stand in for BLIP-2 OPT, MiniGPT-4 and CLIPs on two CPU cores. They were
-trained from scratch by `make pretrain` on generated scenes (OpenMoji drawings on coloured cards) and on
-facts from GeoNames; weights are half-precision safetensors. `blip2-mini` and `minigpt4-mini` are
-`transformers.Blip2ForConditionalGeneration`; the CLIPs load with `open_clip.create_model("local-dir:…")`.
-MiniGPT-4-mini looks through BLIP-2-mini's frozen vision tower and Q-Former, as MiniGPT-4 does through BLIP-2's;
-of the two it is the weaker, above all about places and where a thing is referred to by name. The CLIPs were
-trained with a region term that OpenAI's had not: a phrase must point at the patches of what it names.
-`clip-mini-s` is small beside the language models, as a real CLIP is beside a real one; it was trained for some five times as many
-steps as the other two (mini-L took more minutes), and the states of its words had to foretell the next word.
-
-**Use** them to study editing methods where everything is known. **Do not use** them to see or read
-anything but such scenes: they know 48 kinds of things, eight colours, nine places and 100 countries, and
-have no way to say that they do not know. Sixteen kinds were kept out of every training picture
-(their names are known as words), so that correcting a misnamed one is a real correction.
-
-Accuracy is measured on scenes of a fold that no training drew from: greedy answers (language models), or
-the share of phrases whose best patch lies on what they name (CLIPs), with 95 % Wilson intervals. This
-page is written by `python -m mscke.pretraining card`; the curves are in `curves/`.
-"""
-
-
-def render(measured: dict[str, dict], curves: Path) -> str:
-    """The card as Markdown, from what was measured and from the curves."""
-    parts = [INTRODUCTION]
+def render(measured: dict[str, dict], assets: Path) -> str:
+    """The card as Markdown: the introduction that ``assets/README.md`` has, what was measured, and the curves' ends."""
+    parts = [(assets / "README.md").read_text(encoding="utf-8").partition("\n\n## ")[0]]
     for name, (folder, stages) in PARTS.items():
         parts.append(f"\n## {name} (`{folder}/`)\n\n| stage | steps | minutes |\n|---|---:|---:|")
         for stage in stages:
-            last = pd.read_csv(curves / f"{stage}.csv").iloc[-1]
+            last = pd.read_csv(assets / "curves" / f"{stage}.csv").iloc[-1]
             parts.append(f"| {stage} | {int(last['step'])} | {last['seconds'] / 60:.1f} |")
         parts.append("\n| measured on held-out scenes | % | 95 % interval | n |\n|---|---:|---:|---:|")
         for what, m in measured[name].items():

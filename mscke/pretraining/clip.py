@@ -25,11 +25,12 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from mscke.benchmark.questions import Question, Reference, Unanswerable, references
-from mscke.benchmark.scenes import HELD_OUT_FOLD, KINDS, PRETRAINING_FOLDS, Scene, sample_scene_of
+from mscke.benchmark.scenes import HELD_OUT_FOLD, KINDS, PRETRAINING_FOLDS, Scene
+from mscke.models.mllm import MEAN, STD
 from mscke.pretraining.loop import train
-from mscke.pretraining.questions import sample_question
+from mscke.pretraining.questions import REFERENCE_WEIGHTS, pick, sample_question
 from mscke.pretraining.text import build_tokenizer
-from mscke.pretraining.vision import MEAN, STD, DenseHeads, cells_of_patches, pixels, pretrain_vision
+from mscke.pretraining.vision import DenseHeads, cells_of_patches, draw, pixels, pretrain_vision
 
 PATCH = 16
 BY_NAME = 0.15  # share of phrases that name a thing directly, beside those drawn among all references
@@ -75,33 +76,26 @@ def sample_phrase(rng: np.random.Generator, scene: Scene, by_name: float = 0.0) 
     """
     while True:
         if by_name and rng.random() < by_name:
-            entity = scene.entities[int(rng.integers(len(scene.entities)))]
+            entity = pick(rng, scene.entities)
             reference = Reference("name", entity.kind)
             exists = Question("exists", value=entity.kind, wording=int(rng.integers(6)))
             text = exists.text() if rng.random() < 0.5 else reference.phrase(int(rng.integers(2)))
             return text, entity.cell, reference
         if rng.random() < 0.4:
-            entity = scene.entities[int(rng.integers(len(scene.entities)))]
+            entity = pick(rng, scene.entities)
             found = references(scene, entity)
             relations = [r for r in found if r.kind == "relation"]
-            pool = relations if relations and rng.random() < 0.4 else found
-            reference = pool[int(rng.integers(len(pool)))]
+            reference = pick(rng, relations if relations and rng.random() < 0.4 else found)
             return reference.phrase(int(rng.integers(2))), entity.cell, reference
         question: Question = sample_question(rng, scene)
-        if question.attribute == "exists":
-            reference = Reference("name", question.value)
-        elif question.reference is not None:
-            reference = question.reference
-        else:
-            continue
-        try:
-            cell = reference.resolve(scene)[0].cell
-        except Unanswerable:
+        exists = question.attribute == "exists"
+        reference = Reference("name", question.value) if exists else question.reference
+        if reference is None or not fits(reference, scene):
             continue
         text = question.text()
         if question.attribute == "name" and rng.random() < 0.5:  # the form of an edit: prompt and new answer
-            text += " " + tuple(KINDS)[int(rng.integers(len(KINDS)))]
-        return text, cell, reference
+            text += " " + pick(rng, tuple(KINDS))
+        return text, reference.resolve(scene)[0].cell, reference
 
 
 def fits(reference: Reference, scene: Scene) -> bool:
@@ -134,43 +128,41 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
     write_config(folder, name)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    width = SIZES[name][0]
+    width, init = SIZES[name][0], torch.nn.init
     for parameter in model.visual.transformer.parameters():
         if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.8 * width**-0.5)
-    torch.nn.init.normal_(model.token_embedding.weight, std=TEXT_WIDTH**-0.5)
-    torch.nn.init.normal_(model.positional_embedding, std=0.5 * TEXT_WIDTH**-0.5)
-    torch.nn.init.normal_(model.visual.positional_embedding, std=0.5)
+            init.normal_(parameter, std=0.8 * width**-0.5)
+    init.normal_(model.token_embedding.weight, std=TEXT_WIDTH**-0.5)
+    init.normal_(model.positional_embedding, std=0.5 * TEXT_WIDTH**-0.5)
+    init.normal_(model.visual.positional_embedding, std=0.5)
     heads = DenseHeads(width, PATCH)
     pretrain_vision(model.visual, lambda x: model.visual(x)[1], heads, f"{name}-dense", dense_steps, work, seed)
     where = torch.from_numpy(cells_of_patches(PATCH))
 
     def batch(rng, n, folds, by_name=0.0):
-        scenes = [sample_scene_of(rng, folds) for _ in range(n)]
-        phrases = [[sample_phrase(rng, s, by_name) for _ in range(4)] for s in scenes]
-        flat = [p for row in phrases for p in row]
-        tokens = tokenizer([t for t, _, _ in flat])
-        return scenes, flat, tokens
+        scenes = draw(rng, n, folds)
+        phrases = [sample_phrase(rng, s, by_name) for s in scenes for _ in range(4)]
+        return scenes, phrases, tokenizer([t for t, _, _ in phrases])
 
     def scores_of(texts, patches):
         """Similarity of every phrase to every patch of every image: (T, B, P)."""
         flat = F.normalize(patches, dim=-1).flatten(0, 1)
         return (20 * F.normalize(texts, dim=-1) @ flat.T).unflatten(1, patches.shape[:2])
 
-    def pointing(scores, flat):
+    def pointing(scores, phrases):
         """Of each phrase over its own image: (scores (T, P), is the patch on what it names? (T, P))."""
-        own = scores[torch.arange(len(flat)), torch.arange(len(flat)) // 4]
-        return own, where == torch.tensor([cell for _, cell, _ in flat]).unsqueeze(1)
+        own = scores[torch.arange(len(phrases)), torch.arange(len(phrases)) // 4]
+        return own, where == torch.tensor([cell for _, cell, _ in phrases]).unsqueeze(1)
 
     def step(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
-        scenes, flat, tokens = batch(rng, 40, PRETRAINING_FOLDS, by_name=BY_NAME)
+        scenes, phrases, tokens = batch(rng, 40, PRETRAINING_FOLDS, by_name=BY_NAME)
         texts, pooled, patches, seen, words = encode(model, tokens, pixels(scenes))
         every = scores_of(texts, patches)
-        scores, inside = pointing(every, flat)
+        scores, inside = pointing(every, phrases)
         region = -scores.log_softmax(-1).masked_fill(~inside, -torch.inf).logsumexp(-1).mean()
-        own = torch.arange(len(flat)) // 4
-        ignored = torch.tensor([[fits(r, s) for s in scenes] for _, _, r in flat])
-        ignored[torch.arange(len(flat)), own] = False
+        own = torch.arange(len(phrases)) // 4
+        ignored = torch.tensor([[fits(r, s) for s in scenes] for _, _, r in phrases])
+        ignored[torch.arange(len(phrases)), own] = False
         contrast = F.cross_entropy(every.logsumexp(-1).masked_fill(ignored, -torch.inf), own)
         logits = model.logit_scale.exp() * F.normalize(texts, dim=-1) @ F.normalize(pooled, dim=-1).T
         pooled_contrast = F.cross_entropy(logits.masked_fill(ignored, -torch.inf), own)
@@ -187,13 +179,13 @@ def pretrain_clip(name: str, folder: Path, work: Path, dense_steps: int, steps: 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         rng = np.random.default_rng([seed, 98])
-        scenes, flat, tokens = batch(rng, 200, HELD_OUT_FOLD)
+        scenes, phrases, tokens = batch(rng, 200, HELD_OUT_FOLD)
         texts, _, patches, *_ = encode(model, tokens, pixels(scenes))
-        scores, inside = pointing(scores_of(texts, patches), flat)
+        scores, inside = pointing(scores_of(texts, patches), phrases)
         hit = inside.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)
-        kinds = [r.kind for _, _, r in flat]
+        kinds = [r.kind for _, _, r in phrases]
         result = {"pointing": float(hit.float().mean())}
-        for kind in ("colour", "place", "relation", "category", "name"):
+        for kind in REFERENCE_WEIGHTS:
             result[f"pointing_{kind}"] = float(hit[[k == kind for k in kinds]].float().mean())
         return result
 

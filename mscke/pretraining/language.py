@@ -10,43 +10,44 @@ Questions that look one thing up come first, then all of them, then more of thos
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, OPTConfig
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from mscke.benchmark.questions import OPPOSITE
-from mscke.benchmark.scenes import HELD_OUT_FOLD, KNOWN, PRETRAINING_FOLDS, Scene, neighbours, sample_scene_of
-from mscke.models.prompts import Batch, PromptEncoder, embed
+from mscke.benchmark.questions import OPPOSITE, Question
+from mscke.benchmark.scenes import HELD_OUT_FOLD, Scene, neighbours
+from mscke.models.decoding import answer_loss
+from mscke.models.prompts import PromptEncoder
 from mscke.pretraining.loop import train
-from mscke.pretraining.questions import sample_question
+from mscke.pretraining.questions import REFERENCE_WEIGHTS, sample_question
 from mscke.pretraining.text import sample_episode, sample_fact
+from mscke.pretraining.vision import draw
 
 N_CELLS = 9
 WIDTH, LAYERS, HEADS = 128, 4, 4
+QUESTIONS, EPISODES = 6, 6  # questions a scene; scenes of a batch that are edited in context
 
 
-def opt_config(tokenizer) -> OPTConfig:
-    return OPTConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=4 * WIDTH,
-        num_hidden_layers=LAYERS, num_attention_heads=HEADS, max_position_embeddings=1024,
-        dropout=0.0, attention_dropout=0.0, layerdrop=0.0, init_std=WIDTH**-0.5, activation_function="gelu",
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-
-
-def llama_config(tokenizer) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=352, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=1024,
-        initializer_range=WIDTH**-0.5, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+def text_model(family: str, tokenizer) -> nn.Module:
+    """A new text model of the family of BLIP-2 ("opt") or MiniGPT-4 ("llama")."""
+    shared = {
+        "vocab_size": len(tokenizer), "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "max_position_embeddings": 1024, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(
+            intermediate_size=352, num_key_value_heads=HEADS, initializer_range=WIDTH**-0.5, tie_word_embeddings=True,
+            **shared,
+        ))  # fmt: skip
+    return OPTForCausalLM(OPTConfig(
+        word_embed_proj_dim=WIDTH, ffn_dim=4 * WIDTH, dropout=0.0, attention_dropout=0.0, layerdrop=0.0,
+        init_std=WIDTH**-0.5, activation_function="gelu", **shared,
+    ))  # fmt: skip
 
 
 EASY_MIX = {"name": 0.5, "colour": 0.25, "place": 0.25}
@@ -67,145 +68,102 @@ LAST_REFERENCES = {"colour": 0.5, "place": 0.5, "relation": 5.0, "category": 0.5
 
 
 class SymbolicTokens(nn.Module):
-    """Writes a scene as nine visual tokens (B, 9, d) in the language model's embedding space."""
+    """Writes a scene as nine visual tokens (B, 9, d) in the language model's embedding space.
 
-    def __init__(self, language_model: nn.Module, tokenizer, width: int):
+    With ``neighbours`` a token also tells what lies next to its cell, as a real image's tokens do. "Just left of the
+    owl" is then one look-up (the cell with an owl on its right), not two. Four linear maps, one a direction, are zero
+    at first: a model that reads plain tokens can go on from there.
+    """
+
+    def __init__(self, language_model: nn.Module, tokenizer, neighbours: bool = False):
         super().__init__()
-        self.cells = nn.Parameter(torch.randn(N_CELLS, width) * width**-0.5)
-        self.empty = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.cells = nn.Parameter(torch.randn(N_CELLS, WIDTH) * WIDTH**-0.5)
+        self.empty = nn.Parameter(torch.randn(WIDTH) * WIDTH**-0.5)
+        self.maps = nn.Parameter(torch.zeros(len(OPPOSITE), WIDTH, WIDTH)) if neighbours else None
         self._words = language_model.get_input_embeddings  # not a submodule: trained with its owner
-        self._id = lambda word: tokenizer(" " + word, add_special_tokens=False)["input_ids"][0]
-        self._memo: dict[str, int] = {}
+        self._id = functools.cache(lambda word: tokenizer(" " + word, add_special_tokens=False)["input_ids"][0])
 
-    def ids(self, scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of (kind, card) by cell: two (B, 9) long arrays, −1 where a cell is empty."""
-        kinds, cards = np.full((2, len(scenes), N_CELLS), -1, np.int64)
+    def ids(self, scenes: list[Scene]) -> Tensor:
+        """Token ids of (kind, card) by cell: long (2, B, 9), −1 where a cell is empty."""
+        found = np.full((2, len(scenes), N_CELLS), -1, np.int64)
         for i, scene in enumerate(scenes):
             for e in scene.entities:
-                for array, word in ((kinds, e.kind), (cards, e.card)):
-                    if word not in self._memo:
-                        self._memo[word] = self._id(word)
-                    array[i, e.cell] = self._memo[word]
-        return kinds, cards
+                found[:, i, e.cell] = self._id(e.kind), self._id(e.card)
+        return torch.from_numpy(found)
 
     def forward(self, scenes: list[Scene]) -> Tensor:
-        kinds, cards = (torch.from_numpy(a) for a in self.ids(scenes))
+        kinds, cards = self.ids(scenes)
         words = self._words()
         names = words(kinds.clamp(min=0))
         there = (kinds >= 0).unsqueeze(-1)
-        content = torch.where(there, names + words(cards.clamp(min=0)), self.empty)
-        return content + self.cells + self.beside(names * there)
-
-    def beside(self, names: Tensor) -> Tensor | float:
-        """What a cell's token says of the cells next to it; ``names`` (B, 9, d), zero where empty."""
-        return 0.0
-
-
-class NeighbourTokens(SymbolicTokens):
-    """Symbolic tokens that also tell what lies next to their cell, as a real image's tokens do.
-
-    "Just left of the owl" is then one look-up (the cell with an owl on its right), not two. Four linear
-    maps, one a direction, zero at first: a model that reads plain tokens can go on from there.
-    """
-
-    def __init__(self, language_model: nn.Module, tokenizer, width: int):
-        super().__init__(language_model, tokenizer, width)
-        self.maps = nn.Parameter(torch.zeros(len(OPPOSITE), width, width))
-
-    def beside(self, names: Tensor) -> Tensor:
-        nothing = names.new_zeros(len(names), 1, names.shape[-1])
-        around = torch.cat([names, nothing], 1)[:, NEXT_TO]  # (B, 9, 4, d)
-        return torch.einsum("bcnd,nde->bce", around, self.maps)
+        tokens = torch.where(there, names + words(cards.clamp(min=0)), self.empty) + self.cells
+        if self.maps is None:
+            return tokens
+        outside = names.new_zeros(len(names), 1, names.shape[-1])
+        around = torch.cat([names * there, outside], 1)[:, NEXT_TO]  # (B, 9, 4, d)
+        return tokens + torch.einsum("bcnd,nde->bce", around, self.maps)
 
 
 # (9, 4): the cell next to each cell by direction; a tenth, empty one stands for "outside"
 NEXT_TO = torch.tensor([[neighbours(cell).get(way, N_CELLS) for way in OPPOSITE] for cell in range(N_CELLS)])
 
 
-def answer_loss(
-    language_model: nn.Module, encoder: PromptEncoder, batch: Batch, visual: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy on answer tokens. Returns (loss, hits by token)."""
-    embedded = embed(language_model, batch.ids, encoder.image_id, visual)
-    out = language_model.model(inputs_embeds=embedded, attention_mask=batch.mask, use_cache=False)
-    where = batch.labels >= 0
-    logits = language_model.lm_head(out.last_hidden_state[where])
-    labels = batch.labels[where]
-    return F.cross_entropy(logits.float(), labels), logits.argmax(-1) == labels
-
-
 class Lesson:
     """Draws training batches and computes their losses, from symbolic or from visual tokens."""
 
-    def __init__(self, language_model, encoder, look, scenes=16, questions=6, facts=6, episodes=6, easy=0.0):
+    def __init__(self, language_model, encoder, look):
         self.language_model, self.encoder, self.look = language_model, encoder, look
-        self.scenes, self.questions, self.facts, self.episodes, self.easy = (scenes, questions, facts, episodes, easy)
 
     def __call__(self, rng: np.random.Generator, progress: float = 1.0) -> dict[str, Tensor]:
-        scenes = [sample_scene_of(rng, PRETRAINING_FOLDS, KNOWN) for _ in range(self.scenes)]
-        easy = progress < self.easy  # look one thing up first; relations, counts and contexts come later
+        scenes = draw(rng, 16)
+        easy = progress < EASY  # look one thing up first; relations, counts and contexts come later
         mix, kinds, weights = (EASY_MIX, EASY_REFERENCES, None) if easy else (None, (), None)
         if progress >= LATE:
             mix, weights = (LAST_MIX, LAST_REFERENCES) if progress >= LAST else (LATE_MIX, LATE_REFERENCES)
-        questions = [(s, sample_question(rng, s, mix, kinds, weights)) for s in scenes for _ in range(self.questions)]
-        encoder = self.encoder
-        prompts = [encoder.prompt(q.text(), True) for _, q in questions]
-        answers = [encoder.answer(q.answer(s)) for s, q in questions]
-        for question, answer in (sample_fact(rng) for _ in range(self.facts)):
-            prompts.append(encoder.prompt(question, False))
-            answers.append(encoder.answer(answer))
-        batch = encoder.collate(prompts, answers)
+        questions = [(s, sample_question(rng, s, mix, kinds, weights)) for s in scenes for _ in range(QUESTIONS)]
+        prompts, answers = prompted(self.encoder, questions)
+        for question, answer in (sample_fact(rng) for _ in range(6)):
+            prompts.append(self.encoder.prompt(question, False))
+            answers.append(self.encoder.answer(answer))
+        batch = self.encoder.collate(prompts, answers)
         visual = self.look(scenes)
-        seen = visual.repeat_interleave(self.questions, 0)
-        loss, hits = answer_loss(self.language_model, encoder, batch, seen)
-        told = visual.new_zeros(()) if easy else self._episodes(rng, scenes, visual)
-        total = loss + 0.3 * told
-        return {"loss": total, "answer": loss, "episode": told, "hits": hits.float().mean()}
+        loss, hits = answer_loss(self.language_model, self.encoder, batch, visual.repeat_interleave(QUESTIONS, 0))
+        told = visual.new_zeros(()) if easy else self._episodes(rng, scenes[:EPISODES], visual[:EPISODES])
+        return {"loss": loss + 0.3 * told, "answer": loss, "episode": told, "hits": hits.float().mean()}
 
     def _episodes(self, rng: np.random.Generator, scenes: list[Scene], visual: Tensor) -> Tensor:
-        """Loss of in-context edits ("New Fact: … Prompt: …") on the first few scenes."""
-        drawn = [sample_episode(rng, s) for s in scenes[: self.episodes]]
+        """Loss of in-context edits ("New Fact: … Prompt: …")."""
+        drawn = [sample_episode(rng, s) for s in scenes]
         prompts = [self.encoder.prompt(q.text(), True, context) for context, q, _ in drawn]
         answers = [self.encoder.answer(a) for _, _, a in drawn]
-        batch = self.encoder.collate(prompts, answers)
-        return answer_loss(self.language_model, self.encoder, batch, visual[: self.episodes])[0]
+        return answer_loss(self.language_model, self.encoder, self.encoder.collate(prompts, answers), visual)[0]
+
+
+def prompted(encoder: PromptEncoder, asked: list[tuple[Scene, Question]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the questions, and of their answers."""
+    return [encoder.prompt(q.text(), True) for _, q in asked], [encoder.answer(q.answer(s)) for s, q in asked]
 
 
 @torch.no_grad()
 def accuracy(lesson: Lesson, n: int = 600, seed: int = 1) -> dict[str, float]:
     """Share of held-out scenes' questions whose every answer token is right, by reference kind."""
     rng = np.random.default_rng([seed, 99])
-    scenes = [sample_scene_of(rng, HELD_OUT_FOLD, KNOWN) for _ in range(n)]
-    questions = [sample_question(rng, s) for s in scenes]
-    encoder, right = lesson.encoder, []
+    scenes = draw(rng, n, HELD_OUT_FOLD)
+    asked, right = [(s, sample_question(rng, s)) for s in scenes], []
     for i in range(0, n, 200):
-        part = list(zip(scenes[i : i + 200], questions[i : i + 200], strict=True))
-        batch = encoder.collate(
-            [encoder.prompt(q.text(), True) for _, q in part], [encoder.answer(q.answer(s)) for s, q in part]
-        )
-        visual = lesson.look([s for s, _ in part])
-        _, hits = answer_loss(lesson.language_model, encoder, batch, visual)
-        counts = (batch.labels >= 0).sum(1).tolist()
-        right += [bool(h.all()) for h in hits.split(counts)]
-    kinds = [q.reference.kind if q.reference else q.attribute for q in questions]
+        batch = lesson.encoder.collate(*prompted(lesson.encoder, asked[i : i + 200]))
+        _, hits = answer_loss(lesson.language_model, lesson.encoder, batch, lesson.look(scenes[i : i + 200]))
+        right += [bool(h.all()) for h in hits.split((batch.labels >= 0).sum(1).tolist())]
+    kinds = [q.reference.kind if q.reference else q.attribute for _, q in asked]
     result = {"accuracy": float(np.mean(right))}
-    for kind in ("colour", "place", "relation", "category", "name", "exists", "count"):
-        chosen = [r for r, k in zip(right, kinds, strict=True) if k == kind]
-        result[kind] = float(np.mean(chosen))
+    for kind in (*REFERENCE_WEIGHTS, "exists", "count"):
+        result[kind] = float(np.mean([r for r, k in zip(right, kinds, strict=True) if k == kind]))
     return result
 
 
-def pretrain_language(language_model, encoder, tokenizer, name: str, steps: int, folder: Path, seed: int = 0):
-    """Train a text model on symbolic tokens. Returns (language model, symbolic tokens)."""
-    symbols = SymbolicTokens(language_model, tokenizer, WIDTH)
-    lesson = Lesson(language_model, encoder, symbols, easy=EASY)
-    modules = {"language_model": language_model, "symbols": symbols}
-    train(name, modules, lesson, steps, 1e-3, folder, seed, lambda: accuracy(lesson), muon=2e-3)
-    return language_model, symbols
-
-
-def learn_neighbours(language_model, symbols: NeighbourTokens, encoder, name: str, steps: int, folder, seed=0):
-    """Go on with tokens that tell of their neighbours, on the last stage's mix of questions."""
+def pretrain_language(language_model, symbols, encoder, name: str, steps: int, folder: Path, seed: int) -> None:
+    """Train a text model on symbolic tokens; where they tell of neighbours, on the last mix of questions throughout."""
     lesson = Lesson(language_model, encoder, symbols)
+    step = lesson if symbols.maps is None else lambda rng, _: lesson(rng)
     modules = {"language_model": language_model, "symbols": symbols}
-    train(name, modules, lambda rng, _: lesson(rng), steps, 1e-3, folder, seed, lambda: accuracy(lesson), muon=2e-3)
+    train(name, modules, step, steps, 1e-3, folder, seed, lambda: accuracy(lesson), muon=2e-3)

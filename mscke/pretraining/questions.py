@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import numpy as np
 
 from mscke.benchmark.questions import OPPOSITE, PLURALS, WORDINGS, Question, Reference, references
 from mscke.benchmark.scenes import CARDS, CATEGORIES, KINDS, PLACES, Scene
+
+Item = TypeVar("Item")
 
 
 def sample_question(
@@ -19,34 +24,24 @@ def sample_question(
 
     ``mix`` weighs attributes, ``weights`` kinds of reference.
     """
-    weights = weights or REFERENCE_WEIGHTS
-    mix = mix or PRETRAINING_MIX
+    weights, mix = weights or REFERENCE_WEIGHTS, mix or PRETRAINING_MIX
     attribute = tuple(mix)[_draw(rng, mix)]
     wording = int(rng.integers(6))
     if attribute == "exists":
-        if rng.random() < 0.5:
-            value = scene.entities[int(rng.integers(len(scene.entities)))].kind
-        else:
-            pool = [k.name for k in KINDS.values() if not k.held_out]
-            value = pool[int(rng.integers(len(pool)))]
+        known = [k.name for k in KINDS.values() if not k.held_out]
+        value = pick(rng, scene.entities).kind if rng.random() < 0.5 else pick(rng, known)
         return Question("exists", value=value, wording=wording)
     if attribute == "count":
-        if rng.random() < 0.7:
-            value = KINDS[scene.entities[int(rng.integers(len(scene.entities)))].kind].category
-        else:
-            value = CATEGORIES[int(rng.integers(len(CATEGORIES)))]
+        there = rng.random() < 0.7
+        value = KINDS[pick(rng, scene.entities).kind].category if there else pick(rng, CATEGORIES)
         return Question("count", value=value, wording=wording)
+    taken = {"category": ("category", "name"), "colour": ("colour",), "place": ("place",)}.get(attribute, ("name",))
     while True:
-        entity = scene.entities[int(rng.integers(len(scene.entities)))]
-        taken = {"name": ("name",), "category": ("category", "name"), "colour": ("colour",),
-                 "place": ("place",)}.get(attribute, ("name",))  # fmt: skip
-        found = [r for r in references(scene, entity, kinds) if r.kind not in taken]
+        found = [r for r in references(scene, pick(rng, scene.entities), kinds) if r.kind not in taken]
         present = {k: weights[k] for k in sorted({r.kind for r in found})}
-        if not present:
-            continue
-        kind = tuple(present)[_draw(rng, present)]
-        same = [r for r in found if r.kind == kind]
-        return Question(attribute, same[int(rng.integers(len(same)))], wording=wording)
+        if present:
+            kind = tuple(present)[_draw(rng, present)]
+            return Question(attribute, pick(rng, [r for r in found if r.kind == kind]), wording=wording)
 
 
 PRETRAINING_MIX = {
@@ -56,6 +51,10 @@ PRETRAINING_MIX = {
 
 
 REFERENCE_WEIGHTS = {"colour": 1.0, "place": 1.0, "relation": 2.0, "category": 1.0, "name": 1.0}
+
+
+def pick(rng: np.random.Generator, items: Sequence[Item]) -> Item:
+    return items[int(rng.integers(len(items)))]
 
 
 def _draw(rng: np.random.Generator, weights: dict[str, float]) -> int:

@@ -10,18 +10,15 @@ from mscke.benchmark.facts import kind_facts, world_facts
 from mscke.benchmark.questions import Question, Unanswerable, references
 from mscke.benchmark.scenes import KINDS, Scene
 from mscke.models.prompts import IN_CONTEXT, TEMPLATE
-from mscke.pretraining.questions import sample_question, vocabulary
+from mscke.pretraining.questions import pick, sample_question, vocabulary
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<image>", "<Img>", "</Img>", "###Human:", "###Assistant:"]
 
 
 def build_tokenizer(vocab_size: int = 1536) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer in which the benchmark's words are single tokens."""
-    words = [w for text in vocabulary() for w in text.split()]
-    words += [w for q, a in kind_facts() for w in (q + " " + a).split()]
-    for q, a in world_facts():
-        words += (q + " " + a).split()
-    words += (TEMPLATE + IN_CONTEXT).replace("{}", " ").split()
+    texts = [*vocabulary(), *(" ".join(fact) for fact in (*kind_facts(), *world_facts()))]
+    words = " ".join([*texts, (TEMPLATE + IN_CONTEXT).replace("{}", " ")]).split()
     # every distinct word weighs the same, so that rare names become single tokens too
     corpus = [f" {w}" for w in sorted(set(words))] * 4 + [TEMPLATE, IN_CONTEXT] * 40
     tokenizer = Tokenizer(models.BPE())
@@ -40,8 +37,7 @@ def build_tokenizer(vocab_size: int = 1536) -> PreTrainedTokenizerFast:
 
 def sample_fact(rng: np.random.Generator) -> tuple[str, str]:
     """A text-only question and answer, about the world or about a kind."""
-    facts = world_facts() if rng.random() < 0.6 else kind_facts()
-    return facts[int(rng.integers(len(facts)))]
+    return pick(rng, world_facts() if rng.random() < 0.6 else kind_facts())
 
 
 def sample_episode(rng: np.random.Generator, scene: Scene) -> tuple[str, Question, str]:
@@ -50,23 +46,21 @@ def sample_episode(rng: np.random.Generator, scene: Scene) -> tuple[str, Questio
     One or two facts make the context, so that the model reads a context of several.
     Half of the questions repeat the edit, reworded or not; the rest are any others.
     """
-    context, after, names = "", scene, tuple(KINDS)
+    context, after = "", scene
     for _ in range(int(rng.integers(1, 3))):
-        entity = scene.entities[int(rng.integers(len(scene.entities)))]
-        found = references(scene, entity, ("colour", "place", "relation"))
-        reference = found[int(rng.integers(len(found)))]
+        entity = pick(rng, scene.entities)
+        reference = pick(rng, references(scene, entity, ("colour", "place", "relation")))
         prompt = Question("name", reference, wording=int(rng.integers(6)))
-        kind = names[int(rng.integers(len(names)))]
+        kind = pick(rng, tuple(KINDS))
         if any(e.kind == kind for e in after.entities):
             continue
         after = after.with_kind(entity.cell, kind)
         context += IN_CONTEXT.format(prompt.text(), kind)
-        edited = (entity, prompt)
+        edited = prompt
     if not context:
         return sample_episode(rng, scene)
-    entity, prompt = edited
     if rng.random() < 0.5:
-        question = Question("name", prompt.reference, wording=int(rng.integers(6)))
+        question = Question("name", edited.reference, wording=int(rng.integers(6)))
     else:
         question = sample_question(rng, scene)
     try:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mscke.benchmark.questions import OPPOSITE
 from mscke.benchmark.scenes import (
     CARDS,
     GRID,
@@ -25,14 +26,18 @@ from mscke.benchmark.scenes import (
     render,
     sample_scene_of,
 )
-from mscke.models.mllm import MEAN, STD
+from mscke.models.mllm import normalise
 from mscke.pretraining.loop import train
+
+
+def draw(rng: np.random.Generator, n: int, folds: frozenset[int] = PRETRAINING_FOLDS) -> list[Scene]:
+    """So many random scenes, to train on or of other ``folds``."""
+    return [sample_scene_of(rng, folds) for _ in range(n)]
 
 
 def pixels(scenes: list[Scene]) -> Tensor:
     """Rendered and normalised images, float32 (B, 3, 96, 96)."""
-    images = torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2).float() / 255
-    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return normalise([render(s) for s in scenes])
 
 
 def cells_of_patches(patch: int) -> np.ndarray:
@@ -41,38 +46,27 @@ def cells_of_patches(patch: int) -> np.ndarray:
     return (centres[:, None] * GRID + centres[None]).astype(int).ravel()
 
 
-def labels(scenes: list[Scene], patch: int) -> tuple[Tensor, Tensor]:
-    """(kind, card) class of every patch, two long (B, patches); class 0 is background."""
-    kinds, cards = np.zeros((2, len(scenes), GRID * GRID), np.int64)
-    colours = tuple(CARDS)
-    for i, scene in enumerate(scenes):
-        for e in scene.entities:
-            kinds[i, e.cell], cards[i, e.cell] = 1 + KNOWN.index(e.kind), 1 + colours.index(e.card)
-    where = cells_of_patches(patch)
-    return torch.from_numpy(kinds[:, where]), torch.from_numpy(cards[:, where])
+def labels(scenes: list[Scene], patch: int) -> Tensor:
+    """What every patch should know of its entity: long (7, B, patches).
 
-
-def surroundings(scenes: list[Scene], patch: int) -> Tensor:
-    """What an entity's patches should know of where they are: long (5, B, patches).
-
-    First the cell (0–8), then the kind just left, right, above and below the patch's entity (class 0:
-    nothing there, or a background patch).
+    Its kind, its card, its cell (0–8), and the kinds just left, right, above and below of it. Class 0 of a kind or a
+    card is background, or nothing there.
     """
-    around = np.zeros((5, len(scenes), GRID * GRID), np.int64)
-    around[0] = np.arange(GRID * GRID)
+    found = np.zeros((7, len(scenes), GRID * GRID), np.int64)
+    found[2] = np.arange(GRID * GRID)
     for i, scene in enumerate(scenes):
         kinds = {e.cell: 1 + KNOWN.index(e.kind) for e in scene.entities}
-        for cell in kinds:
-            for j, direction in enumerate(("left of", "right of", "above", "below"), 1):
-                around[j, i, cell] = kinds.get(neighbours(cell).get(direction, -1), 0)
-    return torch.from_numpy(around[:, :, cells_of_patches(patch)])
+        for e in scene.entities:
+            beside = neighbours(e.cell)
+            found[:2, i, e.cell] = kinds[e.cell], 1 + tuple(CARDS).index(e.card)
+            found[3:, i, e.cell] = [kinds.get(beside.get(way), 0) for way in OPPOSITE]
+    return torch.from_numpy(found[:, :, cells_of_patches(patch)])
 
 
 class DenseHeads(nn.Module):
     """Linear heads that ask every patch what it is part of; thrown away after pretraining.
 
-    The kind and the card of its entity, its cell, and the kinds next to it: without the last two, a
-    tower forgets where its patches are, and nothing can be looked up by place.
+    Without cells and neighbours a tower forgets where its patches are, and nothing can be looked up by place.
     """
 
     def __init__(self, width: int, patch: int):
@@ -83,14 +77,11 @@ class DenseHeads(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(width, n) for n in classes])
         self.weights = [None if n == GRID * GRID else torch.tensor([0.1] + [1.0] * (n - 1)) for n in classes]
 
-    def targets(self, scenes: list[Scene]) -> tuple[Tensor, ...]:
-        return (*labels(scenes, self.patch), *surroundings(scenes, self.patch))
-
     def forward(self, tokens: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
         """Losses of patch tokens (B, P, width): kind, card, cell, around, and their sum."""
         losses = [
             F.cross_entropy(head(tokens).flatten(0, 1), target.flatten(), weight)
-            for head, target, weight in zip(self.heads, self.targets(scenes), self.weights, strict=True)
+            for head, target, weight in zip(self.heads, labels(scenes, self.patch), self.weights, strict=True)
         ]
         kind, card, cell, around = *losses[:3], sum(losses[3:]) / 4
         return {"loss": kind + card + cell + around, "kind": kind, "card": card, "cell": cell, "around": around}
@@ -98,7 +89,7 @@ class DenseHeads(nn.Module):
     @torch.no_grad()
     def accuracy(self, tokens: Tensor, scenes: list[Scene]) -> dict[str, float]:
         """On the patches of entities (``left``: of those with something to their left)."""
-        targets, right = self.targets(scenes), {}
+        targets, right = labels(scenes, self.patch), {}
         for what, head, target in zip(("kind", "card", "cell", "left"), self.heads, targets, strict=False):
             chosen = target > 0 if what == "left" else targets[0] > 0
             right[f"{what}_accuracy"] = float((head(tokens).argmax(-1) == target)[chosen].float().mean())
@@ -106,25 +97,18 @@ class DenseHeads(nn.Module):
 
 
 def pretrain_vision(
-    tower: nn.Module,
-    patch_tokens: Callable[[Tensor], Tensor],
-    heads: DenseHeads,
-    name: str,
-    steps: int,
-    folder: Path,
+    tower: nn.Module, patch_tokens: Callable[[Tensor], Tensor], heads: DenseHeads, name: str, steps: int, folder: Path,
     seed: int = 0,
-    batch: int = 64,
-) -> None:
+) -> None:  # fmt: skip
     """Train ``tower`` to name what lies under each of its patches."""
 
     def step(rng: np.random.Generator, progress: float) -> dict[str, Tensor]:
-        scenes = [sample_scene_of(rng, PRETRAINING_FOLDS) for _ in range(batch)]
+        scenes = draw(rng, 64)
         return heads(patch_tokens(pixels(scenes)), scenes)
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        rng = np.random.default_rng([seed, 99])
-        scenes = [sample_scene_of(rng, HELD_OUT_FOLD) for _ in range(256)]
+        scenes = draw(np.random.default_rng([seed, 99]), 256, HELD_OUT_FOLD)
         return heads.accuracy(patch_tokens(pixels(scenes)), scenes)
 
     modules = {"tower": tower, "heads": heads.heads}
