@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import warnings
 from datetime import UTC, datetime
 from email.utils import formatdate
@@ -183,6 +184,15 @@ def test_an_address_that_is_none(address, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", address)
     with pytest.raises(JudgeError, match="OPENAI_BASE_URL"):
         Judge(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "address", ["localhost/v1?key=SECRET", "ftp://me:SECRET@h/v1#SECRET", "http://me:SEC/RET@h:x/v1"]
+)
+def test_an_address_that_is_none_is_told_of_without_its_secrets(address, tmp_path):
+    with pytest.raises(JudgeError, match="is no http") as error:
+        Judge(tmp_path, base_url=address)
+    assert not {"SECRET", "RET"} & set(re.findall("[A-Z]+", str(error.value)))
 
 
 @pytest.fixture

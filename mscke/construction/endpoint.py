@@ -6,6 +6,7 @@ Retries, their pauses and ``Retry-After`` are the SDK's.
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -164,5 +165,5 @@ def _address(url: str) -> httpx2.URL:
             return found
     except httpx2.InvalidURL:
         pass
-    hidden = url.rpartition("@")[2]  # a password stands before it
-    raise JudgeError(f"{hidden} is no http(s) address; mend OPENAI_BASE_URL")
+    shown = re.split("[?#]", url.rpartition("@")[2])[0]  # a password stands before this, a key may follow it
+    raise JudgeError(f"{shown} is no http(s) address; mend OPENAI_BASE_URL")
