@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 import warnings
 
@@ -88,11 +89,9 @@ def test_a_verdict_is_kept_with_its_prompt_and_model_but_without_key_or_pixels(j
         judge(server, model="some-model").ask(owl(picture))
     (path,) = tmp_path.glob("verdicts/*/*.json")
     kept = json.loads(path.read_text())
-    assert kept["reply"] == {"n": 3}
-    assert kept["request"]["model"] == "some-model"
+    assert (kept["reply"], kept["request"]["model"]) == ({"n": 3}, "some-model")
     assert kept["request"]["messages"][0]["content"] == COUNT.instructions
-    assert kept["answer"]["model"] == "served-model"
-    assert kept["answer"]["usage"] == {"total_tokens": 7}
+    assert (kept["answer"]["model"], kept["answer"]["usage"]) == ("served-model", {"total_tokens": 7})
     assert path.stem == hashlib.sha256(json.dumps(kept["request"]).encode()).hexdigest()
     assert KEY not in path.read_text()
     assert base64.b64encode(picture.read_bytes()).decode()[:40] not in path.read_text()
@@ -154,7 +153,7 @@ def test_what_fails_or_cannot_be_read_safely_is_asked_again(fault, judge):
     assert len(server.bodies) == 2
 
 
-@pytest.mark.parametrize("fault", ["500", "prose", "schema violated: type", *SLOW, "cut connection"])
+@pytest.mark.parametrize("fault", ["500", "prose", "schema violated: type", "silent", "cut connection"])
 def test_a_judge_that_never_answers_is_a_clear_error_and_the_rest_is_kept(fault, judge, tmp_path):
     requests = words(4)
     with serve(length, [None, None] + [FAULTS[fault]] * 20) as server:
@@ -227,15 +226,11 @@ def test_retry_after_is_honoured(judge, monkeypatch):
     assert max(slept) == 100
 
 
-def test_an_endless_retry_after_is_an_error(judge):
-    with serve(length, [status(429, Retry_After="86400")]) as server:
+def test_an_endless_retry_after_is_an_error_and_a_nonsensical_one_is_ignored(judge):
+    with serve(length, [status(429, Retry_After=v) for v in ("86400", "soon", "-5", "nan")]) as server:
         with pytest.raises(JudgeError, match="to wait for 86400 s"):
             judge(server).ask(words(1)[0])
         assert len(server.bodies) == 1
-
-
-def test_a_nonsensical_retry_after_is_ignored(judge):
-    with serve(length, [status(429, Retry_After=v) for v in ("soon", "-5", "nan")]) as server:
         assert judge(server).ask(words(1)[0]) == {"n": 1}
 
 
@@ -278,16 +273,16 @@ def test_what_users_write_is_no_control_token(judge):
         assert mark not in text
 
 
-@pytest.mark.parametrize("how", ["as JSON", "its escapes doubled"])
-def test_what_the_judge_copies_is_read_back_right(how, judge):
-    repeat = Task("repeat", "Repeat the word.", {"word": {"type": "string"}})
+REPEAT = Task("repeat", "Repeat the word.", {"word": {"type": "string"}})
 
+
+@pytest.mark.parametrize("escape", ["\\u00", "\\\\u00"], ids=["as JSON", "its escapes doubled"])
+def test_what_the_judge_copies_is_read_back_right(escape, judge):
     def copy(body):
-        text = body["messages"][1]["content"][0]["text"]
-        return says(text if how == "as JSON" else text.replace("\\u00", "\\\\u00"))
+        return says(body["messages"][1]["content"][0]["text"].replace("\\u00", escape))
 
     with serve(copy) as server:
-        assert judge(server).ask(Request(repeat, {"word": CONTROL})) == {"word": CONTROL}
+        assert judge(server).ask(Request(REPEAT, {"word": CONTROL})) == {"word": CONTROL}
 
 
 ONE_PIXEL = base64.b64decode(
@@ -380,9 +375,8 @@ def test_what_can_be_read_safely_is_read(said, judge):
 
 def test_half_a_character_is_no_reply(judge):
     """No benchmark's file could hold it."""
-    word = Task("word", "Say a word.", {"word": {"type": "string"}})
     with serve(lambda body: {"word": "owl"}, [says('{"word": "\\ud83d"}')]) as server:
-        assert judge(server).ask(Request(word, {})) == {"word": "owl"}
+        assert judge(server).ask(Request(REPEAT, {})) == {"word": "owl"}
         assert len(server.bodies) == 2
 
 
@@ -568,8 +562,6 @@ def test_the_bound_on_tokens_has_two_names(taken, judge):
 
 @pytest.mark.parametrize("key", ["sk-SECRET\nsk-two", "sk-SECRETş", "sk SECRET", "sk-SECRET\x00"])
 def test_a_key_that_is_none_is_told_of_without_its_value(key, judge, monkeypatch):
-    import os
-
     monkeypatch.setattr(os, "environ", {**os.environ, "OPENAI_API_KEY": key})
     with serve(length) as server, pytest.raises(JudgeError, match="OPENAI_API_KEY") as error:
         judge(server).ask(words(1)[0])
