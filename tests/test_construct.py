@@ -1,5 +1,6 @@
 """A benchmark made of questions by a judge: FGVEdit-Scenes' labels, of which the truth is known, come back."""
 
+import base64
 import hashlib
 import json
 import shutil
@@ -21,7 +22,7 @@ from mscke.benchmark.scenes import CARDS, CATEGORIES, KINDS, PLACES, render, sam
 from mscke.construction.construct import construct, main
 from mscke.construction.judge import Judge, JudgeError
 from mscke.construction.verdicts import Judged, cohen_kappa, judge_pairs
-from mscke.construction.vqa import Pair, VisualQuestion, propose, read_nq, read_vqa
+from mscke.construction.vqa import COCO_NAME, Pair, VisualQuestion, propose, read_nq, read_vqa
 from mscke.pretraining.questions import sample_question
 
 NAME = "{subtype}/{image_id:012d}.png"
@@ -48,8 +49,7 @@ def all_references():
 
 def programs():
     """Every question that Scenes can ask, by its text."""
-    found = [Question(a, r, wording=w) for r in all_references() for a in ATTRIBUTES[:-2] for w in range(4)]
-    found += [Question(a, r, wording=w) for r in all_references() for a in ("name",) for w in (4, 5)]
+    found = [Question(a, r, wording=w) for r in all_references() for a in ATTRIBUTES[:-2] for w in range(6)]
     found += [Question("exists", value=v, wording=w) for v in KINDS for w in (0, 1)]
     found += [Question("count", value=v, wording=w) for v in CATEGORIES for w in (0, 1)]
     return {question.text(): question for question in found}
@@ -114,8 +114,6 @@ def program(pictures):
 
 
 def url_digest(path):
-    import base64
-
     url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
     return hashlib.sha256(url.encode()).hexdigest()
 
@@ -156,6 +154,15 @@ class Dump:
 
     def read(self):
         return read_vqa(self.questions, self.annotations, NAME)
+
+    def changed(self, part, folder, change):
+        """The paths of both files; ``part`` is one in which ``change`` has been at work on the rows."""
+        paths = {"questions": self.questions, "annotations": self.annotations}
+        file = json.loads(paths[part].read_text())
+        change(file[part])
+        paths[part] = folder / f"{part}.json"
+        paths[part].write_text(json.dumps(file))
+        return paths.values()
 
     def construct(self, server, out, repeat=20, **settings):
         return construct(self.read(), read_nq(self.nq), self.root, judge(server, out, **settings), out, repeat)
@@ -408,11 +415,11 @@ def test_no_edit_changes_only_case_blanks_or_stops():
     assert not propose([*given, *others])
 
 
-def test_a_question_in_another_case_is_no_other_question():
+def test_a_question_in_another_case_or_a_blank_one_is_no_other_question():
     ask = VisualQuestion(1, "a.png", "What is it?", "owl", ("other", ""), frozenset({"owl"}))
     kite = replace(ask, id=2, image="b.png", answer="kite")
-    same = [replace(ask, id=3, question="what  is it"), replace(ask, id=4, question="WHAT IS IT ?")]
-    assert not propose([ask, kite, *same])
+    for question, answer in (("what  is it", "owl"), ("WHAT IS IT ?", "owl"), (" ", "owl"), ("Who?", "")):
+        assert not propose([ask, kite, replace(ask, id=3, question=question, answer=answer)])
     assert len(propose([ask, kite, replace(ask, id=5, question="Who is it?", kind=("no", ""))])) == 1
 
 
@@ -435,14 +442,10 @@ def test_ids_may_be_text(make, dump, tmp_path):
 
 
 def test_image_ids_may_be_text(dump, tmp_path):
-    file = json.loads(dump.questions.read_text())
-    for row in file["questions"]:
-        row["image_id"] = f"img-{row['image_id']}"
-    (tmp_path / "questions.json").write_text(json.dumps(file))
-    questions = read_vqa(tmp_path / "questions.json", dump.annotations, "{subtype}/{image_id}.jpg")
-    assert questions[0].image == "val2014/img-1.jpg"
+    paths = dump.changed("questions", tmp_path, lambda rows: [r.update(image_id=f"img-{r['image_id']}") for r in rows])
+    assert read_vqa(*paths, "{subtype}/{image_id}.jpg")[0].image == "val2014/img-1.jpg"
     with pytest.raises(RecordError, match=r"makes no path of image_id 'img-1'.*\{image_id\} alone takes text"):
-        read_vqa(tmp_path / "questions.json", dump.annotations)
+        read_vqa(*paths)
 
 
 BROKEN = {
@@ -460,32 +463,18 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_is_wrong_in_a_vqa_file_is_named(what, dump, tmp_path):
     part, field, value, said = BROKEN[what]
-    paths = {"questions": dump.questions, "annotations": dump.annotations}
-    file = json.loads(paths[part].read_text())
-    file[part][7][field] = value
-    paths[part] = tmp_path / "broken.json"
-    paths[part].write_text(json.dumps(file))
-    with pytest.raises(RecordError, match=rf'broken\.json, "{part}" 7: .*{said}.*give'):
-        read_vqa(*paths.values(), NAME)
+    paths = dump.changed(part, tmp_path, lambda rows: rows[7].update({field: value}))
+    with pytest.raises(RecordError, match=rf'{part}\.json, "{part}" 7: .*{said}.*give'):
+        read_vqa(*paths, NAME)
 
 
-def test_rows_that_come_twice(dump, tmp_path):
-    paths = {"questions": dump.questions, "annotations": dump.annotations}
-    for part in paths:
-        file = json.loads(paths[part].read_text())
-        file[part].append(dict(file[part][0]))
-        (tmp_path / part).write_text(json.dumps(file))
-        assert read_vqa(*(paths | {part: tmp_path / part}).values(), NAME) == dump.read()
-        file[part][-1]["image_id"] = 77
-        (tmp_path / part).write_text(json.dumps(file))
-        with pytest.raises(RecordError, match=rf'{part}, "{part}" \d+: field "question_id": .* is also that of 0'):
-            read_vqa(*(paths | {part: tmp_path / part}).values(), NAME)
-
-
-def test_blank_questions_and_answers_are_passed_over():
-    ask = VisualQuestion(1, "a.png", "What?", "owl", ("other", ""), frozenset({"owl"}))
-    blank = [replace(ask, id=2, question=" "), replace(ask, id=3, question="Who?", answer="")]
-    assert not propose([ask, *blank, replace(ask, id=4, answer="kite")])
+@pytest.mark.parametrize("part", ["questions", "annotations"])
+def test_rows_that_come_twice(part, dump, tmp_path):
+    same = dump.changed(part, tmp_path, lambda rows: rows.append(rows[0]))
+    assert read_vqa(*same, NAME) == dump.read()
+    other = dump.changed(part, tmp_path, lambda rows: rows.append(rows[0] | {"image_id": 77}))
+    with pytest.raises(RecordError, match=rf'{part}\.json, "{part}" \d+: field "question_id": .* is also that of 0'):
+        read_vqa(*other, NAME)
 
 
 # ------------------------------------------------------------------------------- bad input
@@ -498,17 +487,13 @@ def test_vqa_files_that_are_cut_or_do_not_belong_together(dump, tmp_path):
         read_vqa(cut, dump.annotations)
     with pytest.raises(RecordError, match=r'questions\.json: field "annotations": missing.*same split'):
         read_vqa(dump.annotations, dump.questions)
-    fewer = tmp_path / "fewer.json"
-    fewer.write_text(json.dumps({"annotations": json.loads(dump.annotations.read_text())["annotations"][1:]}))
     with pytest.raises(RecordError, match="annotations of the same split"):
-        read_vqa(dump.questions, fewer)
+        read_vqa(*dump.changed("annotations", tmp_path, lambda rows: rows.pop(0)), NAME)
     with pytest.raises(RecordError, match=r"'\{number\}\.jpg' makes no path of image_id 1 .*--image-name"):
         read_vqa(dump.questions, dump.annotations, "{number}.jpg")
 
 
 def test_coco_names():
-    from mscke.construction.vqa import COCO_NAME
-
     assert COCO_NAME.format(subtype="val2014", image_id=42) == "val2014/COCO_val2014_000000000042.jpg"
 
 
@@ -524,21 +509,17 @@ def test_nq_open(tmp_path):
     for start, end, last in (("", "\n", ""), ("\ufeff", "\r\n", "\r\n"), ("", "\n", "\n"), ("", "\n\n", " \t\n")):
         path.write_bytes((start + "".join(line + end for line in lines) + last).encode())
         assert read_nq(path) == [("where is the owl", "in the\u2028wood"), ("who wrote it", "Ann")]
-    for bad in (
-        '{"question": "who',
-        '{"question": "who"}',
-        '{"question": "who", "answer": []}',
-        '{"question": "who", "answer": "Ann"}',
-        '{"question": "who", "answer": [5]}',
-        '{"question": ["who"], "answer": ["Ann"]}',
-        '{"question": "who", "answer": ["\\ud83d"]}',
-        "[" * 100_000,
-        "[1]",
-        "\xff",
-    ):
-        path.write_bytes(b'{"question": "a", "answer": ["b"]}\n' + bad.encode("latin-1"))
-        with pytest.raises(RecordError, match=r"line 2: .*fetch NQ-open again"):
-            read_nq(path)
+
+
+@pytest.mark.parametrize("bad", [
+    '{"question": "who', '{"question": "who"}', '{"question": "who", "answer": []}',
+    '{"question": "who", "answer": "Ann"}', '{"question": "who", "answer": [5]}',
+    '{"question": ["who"], "answer": ["Ann"]}', '{"question": "who", "answer": ["\\ud83d"]}', "[" * 9_999, "[1]", "\xff",
+], ids=lambda bad: bad[:40])  # fmt: skip
+def test_a_line_that_is_not_of_nq_open(bad, tmp_path):
+    (path := tmp_path / "nq.jsonl").write_bytes(b'{"question": "a", "answer": ["b"]}\n' + bad.encode("latin-1"))
+    with pytest.raises(RecordError, match=r"line 2: .*fetch NQ-open again"):
+        read_nq(path)
 
 
 @pytest.mark.parametrize("fault", ["missing", "cut short", "outside", "no picture"])
@@ -619,17 +600,15 @@ def test_the_temperature_is_an_option(given, dump, built, tmp_path, monkeypatch)
         assert [body.get("temperature") for body in server.bodies] == expected[given]
 
 
-@pytest.mark.parametrize("given", ["--temperature=warm", "--temperature=-1", "--temperature=nan"])
-def test_a_temperature_that_is_none(given, dump, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main([*dump.options(tmp_path), given])
-    assert "invalid temperature value" in capsys.readouterr().err
+BAD_OPTIONS = {f"--temperature={value}": "invalid temperature value" for value in ("warm", "-1", "nan")}
+BAD_OPTIONS["--annotations a.json b.json"] = "1 questions files and 2 of annotations"  # they come in pairs
 
 
-def test_files_come_in_pairs(dump, tmp_path, capsys):
+@pytest.mark.parametrize("given", BAD_OPTIONS)
+def test_an_option_that_cannot_be_meant(given, dump, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main([*dump.options(tmp_path), "--annotations", "a.json", "b.json"])
-    assert "1 questions files and 2 of annotations" in capsys.readouterr().err
+        main([*dump.options(tmp_path), *given.split()])
+    assert BAD_OPTIONS[given] in capsys.readouterr().err
 
 
 def test_too_little_of_anything(dump, built, tmp_path):

@@ -129,10 +129,6 @@ def test_interrupted_leaves_no_json(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("test_data.*"))
 
 
-def test_seeds_differ():
-    assert record("test", 0, seed=0)[1]["meta"] != record("test", 0, seed=1)[1]["meta"]
-
-
 # What is written is what is read
 
 
@@ -202,18 +198,13 @@ def test_scope_labels_hold_for_whatever_else_the_edit_might_have_said(both):
     assert followed > 150
 
 
-def test_edit_prompt_and_rephrase_name_the_edited_entity_in_other_words(both):
+def test_edit_prompt_and_rephrase_name_the_edited_entity_in_other_words_and_in_scope_questions_otherwise(both):
     for row in both:
         before, _ = sides(row)
-        (attribute, thing), again = read(row["src"]), read(row["rephrase"])
-        assert attribute == "name" and again == (attribute, thing)
+        (attribute, said), again = read(row["src"]), read(row["rephrase"])
+        assert attribute == "name" and again == (attribute, said)
         assert row["src"] != row["rephrase"]
-        assert [t["cell"] for t in meant(thing, before)] == [row["meta"]["cell"]]
-
-
-def test_in_scope_questions_refer_otherwise_than_the_edit_prompt(both):
-    for row in both:
-        _, said = read(row["src"])
+        assert [t["cell"] for t in meant(said, before)] == [row["meta"]["cell"]]
         attribute, asked = read(row["fg_gen_q"])
         if attribute in IDENTITY:
             assert asked != said
@@ -318,13 +309,8 @@ def test_locality_shares_no_country_between_splits(rows):
 def test_world_facts():
     facts = dict(world_facts())
     assert len(facts) == 2 * N_COUNTRIES
-    for question, answer in (
-        ("What is the capital of France?", "Paris"),
-        ("What is the capital of Japan?", "Tokyo"),
-        ("On which continent is Egypt?", "Africa"),
-        ("On which continent is Brazil?", "South America"),
-    ):
-        assert facts[question] == answer
+    assert facts["What is the capital of Japan?"] == "Tokyo"
+    assert facts["On which continent is Brazil?"] == "South America"
 
 
 # No easy way in

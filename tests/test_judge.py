@@ -4,9 +4,9 @@ import base64
 import hashlib
 import io
 import json
+import os
+import re
 import warnings
-from datetime import UTC, datetime
-from email.utils import formatdate
 
 import openai
 import pytest
@@ -28,6 +28,16 @@ def length(body):
 
 def words(n):
     return [Request(COUNT, {"word": "x" * i}) for i in range(1, n + 1)]
+
+
+def owl(image=None):
+    return Request(COUNT, {"word": "owl"}, image)
+
+
+def sent_picture(server):
+    """(what stands before the comma of the picture's data URL, its bytes)."""
+    prefix, data = server.bodies[0]["messages"][1]["content"][1]["image_url"]["url"].split(",")
+    return prefix, base64.b64decode(data)
 
 
 @pytest.fixture(autouse=True)
@@ -66,34 +76,29 @@ def test_what_goes_over_the_wire(judge, picture):
     assert body["temperature"] == 0
     system, user = body["messages"]
     assert (system["role"], system["content"]) == ("system", COUNT.instructions)
-    prefix, data = user["content"][1]["image_url"]["url"].split(",")
-    assert prefix == "data:image/png;base64"
-    assert base64.b64decode(data) == picture.read_bytes()
+    assert user["content"][0]["type"] == "text"
+    assert sent_picture(server) == ("data:image/png;base64", picture.read_bytes())
     form = body["response_format"]
-    assert form["type"] == "json_schema"
-    assert form["json_schema"]["strict"] is True
+    assert (form["type"], form["json_schema"]["strict"]) == ("json_schema", True)
     schema = form["json_schema"]["schema"]
-    assert schema["required"] == ["n"]
-    assert schema["additionalProperties"] is False
+    assert (schema["required"], schema["additionalProperties"]) == (["n"], False)
 
 
 def test_a_verdict_is_kept_with_its_prompt_and_model_but_without_key_or_pixels(judge, picture, tmp_path):
     with serve(length) as server:
-        judge(server, model="some-model").ask(Request(COUNT, {"word": "owl"}, picture))
+        judge(server, model="some-model").ask(owl(picture))
     (path,) = tmp_path.glob("verdicts/*/*.json")
     kept = json.loads(path.read_text())
-    assert kept["reply"] == {"n": 3}
-    assert kept["request"]["model"] == "some-model"
+    assert (kept["reply"], kept["request"]["model"]) == ({"n": 3}, "some-model")
     assert kept["request"]["messages"][0]["content"] == COUNT.instructions
-    assert kept["answer"]["model"] == "served-model"
-    assert kept["answer"]["usage"] == {"total_tokens": 7}
+    assert (kept["answer"]["model"], kept["answer"]["usage"]) == ("served-model", {"total_tokens": 7})
     assert path.stem == hashlib.sha256(json.dumps(kept["request"]).encode()).hexdigest()
     assert KEY not in path.read_text()
     assert base64.b64encode(picture.read_bytes()).decode()[:40] not in path.read_text()
 
 
 def test_a_rerun_costs_nothing_and_other_content_is_asked(judge, picture, monkeypatch):
-    requests = [*words(5), Request(COUNT, {"word": "owl"}, picture)]
+    requests = [*words(5), owl(picture)]
     with serve(length) as server:
         first = judge(server).ask_all(requests)
         assert len(server.bodies) == 6
@@ -132,17 +137,23 @@ FAULTS = {
     "drip": drip,
     "cut connection": cut,
     "hang up": hang_up,
+    "two that differ": says('{"n": 4} or {"n": 5}'),
+    "thoughts only": says('<think>Is it {"n": 4}?'),
+    "inside another": says('{"result": {"n": 4}}'),
+    "fenced, but against the schema": says('```\n{"n": "four"}\n```'),
+    "nested without end": says('{"n":' * 5_000),
+    "parts of no kind": says([3]),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_survives(fault, judge):
+def test_what_fails_or_cannot_be_read_safely_is_asked_again(fault, judge):
     with serve(length, [FAULTS[fault]]) as server:
-        assert judge(server, timeout=SHORT if fault in SLOW else 60).ask(Request(COUNT, {"word": "owl"})) == {"n": 3}
+        assert judge(server, timeout=SHORT if fault in SLOW else 60).ask(owl()) == {"n": 3}
     assert len(server.bodies) == 2
 
 
-@pytest.mark.parametrize("fault", ["500", "prose", "schema violated: type", *SLOW, "cut connection"])
+@pytest.mark.parametrize("fault", ["500", "prose", "schema violated: type", "silent", "cut connection"])
 def test_a_judge_that_never_answers_is_a_clear_error_and_the_rest_is_kept(fault, judge, tmp_path):
     requests = words(4)
     with serve(length, [None, None] + [FAULTS[fault]] * 20) as server:
@@ -174,15 +185,9 @@ def test_what_will_not_get_better_is_not_tried_again(code, judge):
     assert ("OPENAI_API_KEY" in str(error.value)) == (code in (401, 403))
 
 
-@pytest.mark.parametrize("address", ["localhost:8000/v1", "", "ftp://host/v1", "http://host:port/v1"])
-def test_an_address_that_is_none(address, tmp_path, monkeypatch):
-    if not address:  # an empty variable means that it is not set
-        monkeypatch.setenv("OPENAI_BASE_URL", address)
-        assert Judge(tmp_path).base_url == "https://api.openai.com/v1"
-        return
-    monkeypatch.setenv("OPENAI_BASE_URL", address)
-    with pytest.raises(JudgeError, match="OPENAI_BASE_URL"):
-        Judge(tmp_path)
+def test_an_empty_address_is_not_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "")
+    assert Judge(tmp_path).base_url == "https://api.openai.com/v1"
 
 
 @pytest.fixture
@@ -202,49 +207,37 @@ def clock(monkeypatch):
     return clock
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_is_honoured(form, judge, monkeypatch):
+ADDRESSES = ["localhost/v1?key=SECRET", "ftp://me:SECRET@h/v1#SECRET", "http://me:SEC/RET@h:x/v1", "http://h:port/v1"]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_that_is_none_is_told_of_without_its_secrets(address, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    with pytest.raises(JudgeError, match=r"is no http.*OPENAI_BASE_URL") as error:
+        Judge(tmp_path)
+    assert not {"SECRET", "RET"} & set(re.findall("[A-Z]+", str(error.value)))
+
+
+def test_retry_after_is_honoured(judge, monkeypatch):
     slept = []
     monkeypatch.setattr(openai._base_client.time, "sleep", slept.append)
-    value = "100" if form == "seconds" else formatdate(datetime.now(UTC).timestamp() + 100, usegmt=True)
-    with serve(length, [status(429, Retry_After=value)]) as server:
+    with serve(length, [status(429, Retry_After="100")]) as server:
         assert judge(server).ask(words(1)[0]) == {"n": 1}
-    assert 90 < max(slept) <= 100
+    assert max(slept) == 100
 
 
-def test_an_endless_retry_after_is_an_error(judge):
-    with serve(length, [status(429, Retry_After="86400")]) as server:
+def test_an_endless_retry_after_is_an_error_and_a_nonsensical_one_is_ignored(judge):
+    with serve(length, [status(429, Retry_After=v) for v in ("86400", "soon", "-5", "nan")]) as server:
         with pytest.raises(JudgeError, match="to wait for 86400 s"):
             judge(server).ask(words(1)[0])
         assert len(server.bodies) == 1
-
-
-def test_a_nonsensical_retry_after_is_ignored(judge):
-    with serve(length, [status(429, Retry_After=v) for v in ("soon", "-5", "nan")]) as server:
         assert judge(server).ask(words(1)[0]) == {"n": 1}
-
-
-def test_a_refusal_is_an_answer(judge):
-    with serve(length, [says(None, refusal="I'd rather not")]) as server:
-        assert judge(server).ask(words(1)[0]) is NoReply.REFUSED
-        assert judge(server).ask(words(1)[0]) is NoReply.REFUSED
-        assert len(server.bodies) == 1
 
 
 def test_the_same_content_is_asked_once_however_many_ask(judge):
     with serve(length) as server:
         assert judge(server).ask_all(words(1) * 8) == [{"n": 1}] * 8
         assert len(server.bodies) == 1
-
-
-def test_a_damaged_verdict_is_asked_again(judge, tmp_path):
-    with serve(length) as server:
-        judge(server).ask(words(1)[0])
-        (path,) = tmp_path.glob("verdicts/*/*.json")
-        path.write_bytes(path.read_bytes()[:50])
-        assert judge(server).ask(words(1)[0]) == {"n": 1}
-        assert judge(server).ask(words(1)[0]) == {"n": 1}
-        assert len(server.bodies) == 2
 
 
 def test_concurrent_but_bounded_and_in_order(judge):
@@ -280,16 +273,16 @@ def test_what_users_write_is_no_control_token(judge):
         assert mark not in text
 
 
-@pytest.mark.parametrize("how", ["as JSON", "its escapes doubled"])
-def test_what_the_judge_copies_is_read_back_right(how, judge):
-    repeat = Task("repeat", "Repeat the word.", {"word": {"type": "string"}})
+REPEAT = Task("repeat", "Repeat the word.", {"word": {"type": "string"}})
 
+
+@pytest.mark.parametrize("escape", ["\\u00", "\\\\u00"], ids=["as JSON", "its escapes doubled"])
+def test_what_the_judge_copies_is_read_back_right(escape, judge):
     def copy(body):
-        text = body["messages"][1]["content"][0]["text"]
-        return says(text if how == "as JSON" else text.replace("\\u00", "\\\\u00"))
+        return says(body["messages"][1]["content"][0]["text"].replace("\\u00", escape))
 
     with serve(copy) as server:
-        assert judge(server).ask(Request(repeat, {"word": CONTROL})) == {"word": CONTROL}
+        assert judge(server).ask(Request(REPEAT, {"word": CONTROL})) == {"word": CONTROL}
 
 
 ONE_PIXEL = base64.b64decode(
@@ -302,7 +295,7 @@ def test_verdicts_keep_their_names(judge, tmp_path):
     picture = tmp_path / "one.png"
     picture.write_bytes(ONE_PIXEL)
     with serve(lambda body: {"n": 1}) as server:
-        judge(server).ask_all([Request(COUNT, {"word": "a <b> | naïve"}), Request(COUNT, {"word": "owl"}, picture)])
+        judge(server).ask_all([Request(COUNT, {"word": "a <b> | naïve"}), owl(picture)])
     assert {path.stem for path in tmp_path.glob("verdicts/*/*.json")} == {
         "3226aee39bf64641c9523d10772c73e00910c5c92c247178054313f96e3e3cc5",
         "f8702dfb20f3dc87c592ad53e3177fd91b23e96e03eac3ce089595f2d7b17262",
@@ -340,11 +333,10 @@ PICTURES = {
 def test_pictures_are_sent_as_every_endpoint_takes_them(kind, judge, tmp_path):
     PICTURES[kind](path := tmp_path / "picture")
     with serve(length) as server:
-        judge(server).ask(Request(COUNT, {"word": "owl"}, path))
-    prefix, data = server.bodies[0]["messages"][1]["content"][1]["image_url"]["url"].split(",")
-    assert prefix == "data:image/jpeg;base64"
-    sent, seen = Image.open(io.BytesIO(base64.b64decode(data))), open_image(path)
-    assert (sent.format, sent.mode, sent.getexif()) == ("JPEG", "RGB", {})
+        judge(server).ask(owl(path))
+    prefix, data = sent_picture(server)
+    sent, seen = Image.open(io.BytesIO(data)), open_image(path)
+    assert (prefix, sent.format, sent.mode, sent.getexif()) == ("data:image/jpeg;base64", "JPEG", "RGB", {})
     assert max(sent.size) <= 2048
     assert kind == "large" or sent.size == seen.size
     means = [ImageStat.Stat(image).mean for image in (sent, seen)]
@@ -355,9 +347,8 @@ def test_pictures_are_sent_as_every_endpoint_takes_them(kind, judge, tmp_path):
 def test_plain_pictures_are_sent_as_they_are(kind, mode, judge, tmp_path):
     noise(mode).save(path := tmp_path / "picture", kind)
     with serve(length) as server:
-        judge(server).ask(Request(COUNT, {"word": "owl"}, path))
-    url = server.bodies[0]["messages"][1]["content"][1]["image_url"]["url"]
-    assert url == f"data:image/{kind.lower()};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        judge(server).ask(owl(path))
+    assert sent_picture(server) == (f"data:image/{kind.lower()};base64", path.read_bytes())
 
 
 # ------------------------------------------------------------------------------- what is said back
@@ -378,32 +369,14 @@ READABLE = {
 @pytest.mark.parametrize("said", READABLE)
 def test_what_can_be_read_safely_is_read(said, judge):
     with serve(length, [READABLE[said]]) as server:
-        assert judge(server).ask(Request(COUNT, {"word": "owl"})) == {"n": 3}
+        assert judge(server).ask(owl()) == {"n": 3}
         assert len(server.bodies) == 1
-
-
-UNREADABLE = {
-    "two that differ": says('{"n": 4} or {"n": 5}'),
-    "thoughts only": says('<think>Is it {"n": 4}?'),
-    "inside another": says('{"result": {"n": 4}}'),
-    "fenced, but against the schema": says('```\n{"n": "four"}\n```'),
-    "nested without end": says('{"n":' * 5_000),
-    "parts of no kind": says([3]),
-}
-
-
-@pytest.mark.parametrize("said", UNREADABLE)
-def test_what_cannot_be_read_safely_is_asked_again(said, judge):
-    with serve(length, [UNREADABLE[said]]) as server:
-        assert judge(server).ask(Request(COUNT, {"word": "owl"})) == {"n": 3}
-        assert len(server.bodies) == 2
 
 
 def test_half_a_character_is_no_reply(judge):
     """No benchmark's file could hold it."""
-    word = Task("word", "Say a word.", {"word": {"type": "string"}})
     with serve(lambda body: {"word": "owl"}, [says('{"word": "\\ud83d"}')]) as server:
-        assert judge(server).ask(Request(word, {})) == {"word": "owl"}
+        assert judge(server).ask(Request(REPEAT, {})) == {"word": "owl"}
         assert len(server.bodies) == 2
 
 
@@ -469,16 +442,14 @@ def test_too_many_stubborn_questions_end_the_run(judge):
         with pytest.raises(JudgeError, match=r"than 2 may be left out \(a share of 0\.1 of 20\).*No idea\."):
             judge(server, concurrency=1, leave_out=0.1).ask_all(words(20))
         assert len(server.bodies) == 6 + 3 * 3
-    with pytest.raises(ValueError, match="a share from 0 to 1"):
-        judge(server, leave_out=5)
 
 
-def test_a_complaint_that_repeats_the_question_is_no_filter(judge):
-    word = "a moderation flagged by the content_filter"
+@pytest.mark.parametrize("word", ["a moderation flagged by the content_filter", "the temperature"])
+def test_a_complaint_that_repeats_the_question_is_of_no_filter_and_about_no_parameter(word, judge):
     with serve(length, [complains(f"cannot process {word!r}")]) as server:
-        client = judge(server)
         with pytest.raises(JudgeError, match="turns the request down"):
-            client.ask(Request(COUNT, {"word": word}))
+            judge(server).ask(Request(COUNT, {"word": word}))
+        assert len(server.bodies) == 1
 
 
 @pytest.mark.parametrize("code", [400, 413, 422])
@@ -497,6 +468,7 @@ FILTERS = {
     "OpenAI, picture": complains("Your request was rejected by our safety system.", code="content_policy_violation"),
     "OpenRouter": complains('Your chosen model requires moderation and your input was flagged for "x"', 403),
     "with HTTP 200": sends('{"error": {"code": "content_filter"}}'),
+    "the model": says(None, refusal="I'd rather not"),
     "the reply": says(None, finish="content_filter"),
     "the reply, half of it": says('{"n": 4', finish="content_filter"),
     "a part": says([{"type": "refusal", "refusal": "I'd rather not"}]),
@@ -588,18 +560,8 @@ def test_the_bound_on_tokens_has_two_names(taken, judge):
         assert {k: v for k, v in server.bodies[-1].items() if k.startswith("max")} == ({taken: 300} if taken else {})
 
 
-def test_a_complaint_that_repeats_the_question_is_about_no_parameter(judge):
-    word = "the temperature"
-    with serve(length, [complains(f"cannot process {word!r}")]) as server:
-        with pytest.raises(JudgeError, match="turns the request down"):
-            judge(server).ask(Request(COUNT, {"word": word}))
-        assert len(server.bodies) == 1
-
-
 @pytest.mark.parametrize("key", ["sk-SECRET\nsk-two", "sk-SECRETş", "sk SECRET", "sk-SECRET\x00"])
 def test_a_key_that_is_none_is_told_of_without_its_value(key, judge, monkeypatch):
-    import os
-
     monkeypatch.setattr(os, "environ", {**os.environ, "OPENAI_API_KEY": key})
     with serve(length) as server, pytest.raises(JudgeError, match="OPENAI_API_KEY") as error:
         judge(server).ask(words(1)[0])
@@ -620,20 +582,26 @@ def test_a_password_in_the_address_is_used_and_never_kept(tmp_path):
     assert "PASSWORD" not in str(error.value)
 
 
-@pytest.mark.parametrize("kept", ["{}", "[]", "1", "null", '{"reply": 5}', '{"reply": {"n": "x"}}'])
+@pytest.mark.parametrize("kept", ['{"reply": {"n"', "{}", "[]", "1", "null", '{"reply": 5}', '{"reply": {"n": "x"}}'])
 def test_a_verdict_that_is_none_is_asked_again(kept, judge, tmp_path):
     with serve(length) as server:
         judge(server).ask(words(1)[0])
         (path,) = (tmp_path / "verdicts").rglob("*.json")
         path.write_text(kept)
-        assert judge(server).ask(words(1)[0]) == {"n": 1}
+        for _ in range(2):
+            assert judge(server).ask(words(1)[0]) == {"n": 1}
     assert len(server.bodies) == 2
 
 
-@pytest.mark.parametrize("setting", ["concurrency", "per_minute", "attempts", "timeout"])
-@pytest.mark.parametrize("value", [0, -5])
-def test_a_setting_that_cannot_be_meant_is_refused(setting, value, tmp_path):
-    with pytest.raises(ValueError, match=f"{setting} is {value}; give more than 0"):
+POSITIVE = ("concurrency", "per_minute", "attempts", "timeout")
+SETTINGS = [(name, value, "give more than 0") for name in POSITIVE for value in (0, -5)]
+SETTINGS += [(name, 1.5, "give a whole number") for name in ("concurrency", "attempts")]
+SETTINGS += [("leave_out", 5, "give a share from 0 to 1")]
+
+
+@pytest.mark.parametrize("setting, value, fix", SETTINGS)
+def test_a_setting_that_cannot_be_meant_is_refused(setting, value, fix, tmp_path):
+    with pytest.raises(ValueError, match=f"{setting} is {value}; {fix}"):
         Judge(tmp_path, **{setting: value})
 
 
@@ -647,15 +615,11 @@ def test_a_picture_that_is_none_is_named_before_anything_is_asked(damage, judge,
 
 
 def test_half_a_character_is_named_before_anything_is_asked(judge):
-    with serve(length) as server, pytest.raises(ValueError, match=r"facts: word is 'a\\ud83d'"):
-        judge(server).ask(Request(COUNT, {"word": "a\ud83d"}))
+    with serve(length) as server:
+        for name, value in (("word", "a\ud83d"), ("edit", {"old": "a\ud83d"})):
+            with pytest.raises(ValueError, match=rf"facts: '{name}' is .*'a\\ud83d'"):
+                judge(server).ask(Request(COUNT, {name: value}))
     assert not server.bodies
-
-
-@pytest.mark.parametrize("setting", ["concurrency", "attempts"])
-def test_a_count_is_whole(setting, tmp_path):
-    with pytest.raises(ValueError, match=f"{setting} is 1.5; give a whole number"):
-        Judge(tmp_path, **{setting: 1.5})
 
 
 def test_no_bound_on_tokens_is_none(judge):

@@ -13,27 +13,24 @@ from PIL import Image
 
 from mscke.benchmark.load import load_records
 from mscke.benchmark.pictures import PictureError, check_image, inside, open_image
-from mscke.benchmark.sample import RecordError
+from mscke.benchmark.sample import FIELDS, RecordError
 
 GREY = np.array([[0, 257 * 3, 65_535], [30_000, 128, 129]], np.uint16)
 SHOWN = np.array([[0, 3, 255], [117, 0, 1]])
 
 
+def png(header: bytes, data: bytes, hidden: bytes = b"") -> bytes:
+    """A PNG of these chunks, which need not fit each other; ``hidden``: the value that is transparent."""
+    chunks = [(b"IHDR", header), *([(b"tRNS", hidden)] if hidden else []), (b"IDAT", data), (b"IEND", b"")]
+    whole = [struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
+
+
 def png16(rows: np.ndarray, kind: int, hidden: bytes = b"") -> bytes:
-    """A PNG of 16 bits a channel; ``kind``: its colour type, ``hidden``: the value that is transparent."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
+    """A PNG of 16 bits a channel; ``kind``: its colour type."""
     lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
     header = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 16, kind, 0, 0, 0)
-    chunks = (
-        chunk(b"IHDR", header)
-        + (chunk(b"tRNS", hidden) if hidden else b"")
-        + chunk(b"IDAT", zlib.compress(lines))
-        + chunk(b"IEND", b"")
-    )
-    return b"\x89PNG\r\n\x1a\n" + chunks
+    return png(header, zlib.compress(lines), hidden)
 
 
 def seen(path) -> np.ndarray:
@@ -61,8 +58,7 @@ def drawn(mode):
 
 @pytest.mark.parametrize("kind", ["png", "webp"])
 def test_what_is_transparent_is_white(tmp_path, kind):
-    path = tmp_path / f"x.{kind}"
-    drawn("RGBA").save(path, lossless=True, exact=True)
+    drawn("RGBA").save(path := tmp_path / f"x.{kind}", lossless=True, exact=True)
     assert seen(path)[0, 0].tolist() == [200, 10, 10] and seen(path)[0, 7].tolist() == [255] * 3
 
 
@@ -126,18 +122,12 @@ def exif(numerator: int, denominator: int, kind: int = 10) -> bytes:
     return b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + struct.pack("<ii", numerator, denominator)
 
 
-@pytest.mark.parametrize(
-    "damaged, size",
-    [
-        (exif(-5, 1), (24, 40)),
-        (exif(1, -1), (24, 40)),
-        (exif(72, 0, kind=5), (24, 40)),
-        (exif(0, 0), (24, 40)),
-        (exif(-5, 1)[:-4], None),
-        (b"Exif\0\0II*\0\xff\xff\xff\xff", (40, 24)),
-        (b"Exif\0\0", (40, 24)),
-    ],
-)
+TURNED, AS_IT_IS = (24, 40), (40, 24)
+EXIF = [(exif(*n), TURNED) for n in ((-5, 1), (1, -1), (72, 0, 5), (0, 0))] + [(exif(-5, 1)[:-4], None)]
+EXIF += [(damaged, AS_IT_IS) for damaged in (b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0")]
+
+
+@pytest.mark.parametrize("damaged, size", EXIF)
 @pytest.mark.filterwarnings("ignore:Truncated File Read", "ignore:Corrupt EXIF data")
 def test_damaged_exif_is_passed_over(tmp_path, damaged, size):
     (tmp_path / "x.jpg").write_bytes(jpeg(exif=damaged))
@@ -196,14 +186,13 @@ def test_a_file_that_is_close_is_named(tmp_path):
 def test_the_loader_says_which_record_and_field(tmp_path):
     (tmp_path / "sub").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "sub" / "x.jpg")
-    texts = "src alt rephrase fg_gen_q fg_gen_a fg_loc_q fg_loc_a loc loc_ans".split()
-    row = dict.fromkeys(texts, "text") | {"image": "sub\\x.jpg"}
+    row = dict.fromkeys(FIELDS, "text") | {"image": "sub\\x.jpg"}
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     with pytest.raises(RecordError, match=r'record 0, field "image": no file .*backslashes, and .*sub/x\.jpg is there'):
         load_records(tmp_path / "rows.json", tmp_path)
 
 
-def test_an_empty_path_is_no_picture():
-    for use in (check_image, open_image):
-        with pytest.raises(PictureError, match="is empty; give its file"):
-            use("")
+@pytest.mark.parametrize("use", [check_image, open_image])
+def test_an_empty_path_is_no_picture(use):
+    with pytest.raises(PictureError, match="is empty; give its file"):
+        use("")

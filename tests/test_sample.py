@@ -6,13 +6,14 @@ import os
 import random
 import re
 import struct
-import zlib
+import warnings
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_pictures import png
 
 from mscke.benchmark import load as loading
 from mscke.benchmark import sample
@@ -81,39 +82,19 @@ def test_both_schemas_come_through_unchanged(load, root, extra):
     loaded = load([a_row(), a_row("train/b.png", **extra)])
     image, row = str(root / "train/b.png"), a_row()
     assert loaded.skipped == 0
-    assert loaded.records[1] == EditRecord(
-        id=1,
-        edit=Edit(image, row["src"], row["alt"]),
-        rephrase=Query(row["rephrase"], image),
-        in_scope=Query(row["fg_gen_q"], image),
-        in_scope_answer=row["fg_gen_a"],
-        out_of_scope=Query(row["fg_loc_q"], image),
-        out_of_scope_answer=row["fg_loc_a"],
-        locality=Query(row["loc"], None),
-        locality_answer=row["loc_ans"],
-        meta=extra.get("meta", {}),
-    )
-
-
-def test_five_queries_in_order_with_their_answers(load, root):
-    (record,) = load([a_row()]).records
-    image = str(root / "train/a.png")
-    assert record.queries == {
-        "reliability": Query("What is the bird on the left?", image),
-        "generality": Query("Name the bird at the left.", image),
-        "in_scope": Query("Can the thing above the dog fly?", image),
-        "out_of_scope": Query("What is the dog doing?", image),
-        "locality": Query("What is the capital of France?", None),
+    record = loaded.records[1]
+    assert (record.id, record.edit, record.meta) == (1, Edit(image, row["src"], row["alt"]), extra.get("meta", {}))
+    asked = {
+        "reliability": ("What is the bird on the left?", "kite"),
+        "generality": ("Name the bird at the left.", "kite"),
+        "in_scope": ("Can the thing above the dog fly?", "yes"),
+        "out_of_scope": ("What is the dog doing?", "running"),
+        "locality": ("What is the capital of France?", "Paris"),
     }
-    assert record.answers == {
-        "reliability": "kite",
-        "generality": "kite",
-        "in_scope": "yes",
-        "out_of_scope": "running",
-        "locality": "Paris",
-    }
-    order = ["reliability", "generality", "in_scope", "out_of_scope", "locality"]
-    assert list(record.queries) == list(record.answers) == order
+    assert list(record.queries) == list(record.answers) == list(asked)  # in this order
+    for role, (question, answer) in asked.items():
+        assert record.queries[role] == Query(question, None if role == "locality" else image)
+        assert record.answers[role] == answer
 
 
 def test_records_are_frozen_and_hashable(load):
@@ -219,8 +200,10 @@ def test_images_may_be_left_unchecked(load, tmp_path):
     assert loaded.records[0].edit.image == str(tmp_path / "nowhere/gone.png")
 
 
-def test_every_accepted_format_passes(load):
+def test_every_accepted_format_passes(load, root, tmp_path):
+    (tmp_path / "x.jpg").write_bytes((root / "train/c.jpg").read_bytes() + b"camera notes")  # after its end
     assert len(load([a_row(f"train/{name}") for name in ("a.png", "c.jpg", "d.webp")]).records) == 3
+    assert load([a_row("x.jpg")], image_root=tmp_path).records
 
 
 def test_relative_root_and_linked_root_give_absolute_real_paths(load, root, tmp_path, monkeypatch):
@@ -282,9 +265,40 @@ def test_missing_file_and_missing_root(load, root, tmp_path):
 # One record
 
 
-@pytest.mark.parametrize("row", [None, 4, "text", ["src", "alt"]])
-def test_record_must_be_an_object(load, row):
-    complaint(load, [a_row(), row], "1 of 2 records", "record 1, all fields", repr(row), "make it an object")
+BAD_ROWS = [
+    *((row, "all fields", repr(row), "make it an object") for row in (None, 4, "text", ["src", "alt"])),
+    ({"src": "a", "alt": "b"}, 'field "rephrase", "image", "fg_gen_q"', "missing"),  # all at once
+    *((a_row(meta=meta), 'field "meta"', "make it an object or leave it out") for meta in (None, [], "text", 3)),
+    *((a_row(**{f: "\u200b \ufe0f"}), f'field "{f}"', "nobody sees") for f in sample.FIELDS),
+    (a_row("a\0.png"), 'field "image"', "holds a NUL"),
+    *((a_row(image), 'field "image"', "is absolute", "give a path relative to")
+      for image in ("/etc/a.png", "C:\\a.png", "C:/a.png", "\\\\server\\a.png")),
+    *((a_row(image), 'field "image"', "leaves the image root", "inside it")
+      for image in ("../a.png", "train/../../a.png", "..", "../images0/train/a.png")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
+@pytest.mark.parametrize("check_images", [True, False])
+def test_a_bad_record_is_named_with_its_field(load, bad, check_images):
+    row, named, *said = bad
+    complaint(load, [a_row(), row], "1 of 2 records", f"record 1, {named}", *said, check_images=check_images)
+
+
+@pytest.mark.parametrize("field", sample.FIELDS)
+def test_a_field_that_is_given_twice(load, field):
+    """Which of its values is meant, nobody knows; JSON's reader takes the last."""
+    twice = json.dumps(a_row())[:-1] + f', "{field}": "another"}}'
+    complaint(load, f"[{twice}]", f'record 0, field "{field}"', "given twice")
+
+
+OTHER = st.none() | st.booleans() | st.integers() | st.floats() | st.just([]) | st.just({"a": 1})
+FAULTS = {
+    "missing": (st.nothing(), "add it as text"),
+    "wrong type": (OTHER, "write text in quotes"),
+    "empty": (st.sampled_from(["", " ", "\n\t"]), "fill it in"),
+    "lone surrogate": (st.just("a\ud800b"), "UTF-8"),
+}
 
 
 @given(data=st.data())
@@ -293,35 +307,17 @@ def test_any_single_corrupted_field_is_caught_and_named(load, data):
     rows = [a_row(), a_row("train/b.png"), a_row(meta={"cell": 1})]
     number = data.draw(st.integers(0, 2), label="record")
     name = data.draw(st.sampled_from(sample.FIELDS), label="field")
-    kind = data.draw(st.sampled_from(["missing", "wrong type", "empty", "lone surrogate"]), label="fault")
+    kind = data.draw(st.sampled_from(list(FAULTS)), label="fault")
+    values, hint = FAULTS[kind]
+    if kind == "empty" and name == "alt":
+        name = "src"  # a record with an empty "alt" is skipped
     if kind == "missing":
         del rows[number][name]
-    elif kind == "wrong type":
-        values = st.none() | st.booleans() | st.integers() | st.floats() | st.just([]) | st.just({"a": 1})
-        rows[number][name] = data.draw(values)
-    elif kind == "empty":
-        name = data.draw(st.sampled_from([*TEXT, "image"]), label="field")
-        rows[number][name] = data.draw(st.sampled_from(["", " ", "\n\t"]))
     else:
-        rows[number][name] = "a\ud800b"
-    hint = {
-        "missing": "add it as text",
-        "wrong type": "write text in quotes",
-        "empty": "fill it in",
-        "lone surrogate": "UTF-8",
-    }[kind]
+        rows[number][name] = data.draw(values)
     message = complaint(load, rows, "1 of 3 records", f'record {number}, field "{name}"', hint)
     message.encode()  # can be printed
     assert len(re.findall(r"record \d", message)) == 1
-
-
-def test_all_missing_fields_are_named_at_once(load):
-    complaint(load, [{"src": "a", "alt": "b"}], 'record 0, field "rephrase", "image", "fg_gen_q"', "missing")
-
-
-@pytest.mark.parametrize("meta", [None, [], "text", 3])
-def test_meta_must_be_an_object(load, meta):
-    complaint(load, [a_row(meta=meta)], 'record 0, field "meta"', "make it an object or leave it out")
 
 
 def test_first_few_bad_records_are_shown_and_all_are_counted(load):
@@ -333,37 +329,6 @@ def test_first_few_bad_records_are_shown_and_all_are_counted(load):
 
 
 # The image
-
-
-@pytest.mark.parametrize("image", ["/etc/a.png", "C:\\a.png", "C:/a.png", "\\\\server\\a.png"])
-@pytest.mark.parametrize("check_images", [True, False])
-def test_absolute_image_path(load, image, check_images):
-    parts = ('record 1, field "image"', "is absolute", "give a path relative to")
-    complaint(load, [a_row(), a_row(image)], *parts, check_images=check_images)
-
-
-@pytest.mark.parametrize("image", ["../a.png", "train/../../a.png", "..", "../images0/train/a.png"])
-@pytest.mark.parametrize("check_images", [True, False])
-def test_image_path_out_of_the_root(load, image, check_images):
-    parts = ('record 0, field "image"', "leaves the image root", "inside it")
-    complaint(load, [a_row(image)], *parts, check_images=check_images)
-
-
-def test_a_name_with_a_nul_is_told_of_as_that(load):
-    complaint(load, [a_row("a\0.png")], 'record 0, field "image"', "holds a NUL")
-
-
-@pytest.mark.parametrize("field", [*sample.FIELDS])
-def test_a_field_that_is_given_twice(load, field):
-    """Which of its values is meant, nobody knows; JSON's reader takes the last."""
-    row = json.dumps(a_row())
-    twice = row[:-1] + f', "{field}": "another"}}'
-    complaint(load, f"[{twice}]", f'record 0, field "{field}"', "given twice")
-
-
-@pytest.mark.parametrize("field", sample.FIELDS)
-def test_a_text_of_which_nobody_sees_anything(load, field):
-    complaint(load, [a_row() | {field: "\u200b \ufe0f"}], f'record 0, field "{field}"', "nobody sees")
 
 
 @pytest.mark.parametrize("text", ["a\ud83d", "\udc00"])
@@ -387,9 +352,7 @@ def test_link_may_stay_inside_the_root_but_not_lead_out(load, tmp_path):
     (inside / "loop.png").symlink_to(inside / "loop.png")
     assert load([a_row("in.png")], image_root=inside).records[0].edit.image == str(inside / "x.png")
     for image in ("out.png", "folder/x.png"):
-        complaint(
-            load, [a_row(image)], 'record 0, field "image"', "leaves the image root", "or a link", image_root=inside
-        )
+        complaint(load, [a_row(image)], 'field "image"', "leaves the image root", "or a link", image_root=inside)
     complaint(load, [a_row("loop.png")], 'record 0, field "image"', "no file", image_root=inside)
 
 
@@ -419,33 +382,14 @@ def test_damaged_png_and_what_is_no_image(load, root, tmp_path):
     assert all(f'record {i}, field "image": ' in message for i in range(3))
 
 
-def test_jpeg_with_bytes_after_its_end_is_sound(load, root, tmp_path):
-    (tmp_path / "x.jpg").write_bytes((root / "train/c.jpg").read_bytes() + b"camera notes")
-    assert load([a_row("x.jpg")], image_root=tmp_path).records
-
-
-def png_of(width, height):
-    """A PNG whose header claims a size that its few bytes do not hold."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("side", [7_072, 10_000, 100_000], ids=["too large", "PIL warns", "PIL refuses"])
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_absurdly_large_image_is_refused_by_its_header(load, tmp_path, side):
-    (tmp_path / "huge.png").write_bytes(png_of(side, side))
+@pytest.mark.parametrize("warned", ["ignore", "error"])
+def test_absurdly_large_image_is_refused_by_its_header(load, tmp_path, side, warned):
+    (tmp_path / "huge.png").write_bytes(png(struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b""))
     parts = ('record 0, field "image"', "more than 50,000,000 pixels", "scale it down")
-    complaint(load, [a_row("huge.png")], *parts, image_root=tmp_path)
-
-
-@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
-def test_bomb_warning_turned_error_is_the_same_complaint(load, tmp_path):
-    (tmp_path / "huge.png").write_bytes(png_of(10_000, 10_000))
-    complaint(load, [a_row("huge.png")], 'record 0, field "image"', "50,000,000", image_root=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter(warned, Image.DecompressionBombWarning)
+        complaint(load, [a_row("huge.png")], *parts, image_root=tmp_path)
 
 
 def test_each_distinct_image_is_checked_once(load, root, tmp_path, monkeypatch):

@@ -57,22 +57,13 @@ def test_eight_categories_of_eight_with_two_held_out_each():
         assert (len(members), sum(k.held_out for k in members)) == (8, 2)
 
 
-@pytest.mark.parametrize(
-    ("name", "flies", "animal", "food"),
-    [
-        ("penguin", False, True, False),
-        ("duck", True, True, False),
-        ("caterpillar", False, True, False),
-        ("ladybug", True, True, False),
-        ("helicopter", True, False, False),
-        ("pear", False, False, True),
-        ("garlic", False, False, True),
-        ("sock", False, False, False),
-    ],
-)
-def test_facts(name, flies, animal, food):
-    kind = KINDS[name]
-    assert (kind.flies, kind.animal, kind.food) == (flies, animal, food)
+FACTS = {"penguin": "animal", "duck": "flies animal", "caterpillar": "animal", "ladybug": "flies animal",
+         "helicopter": "flies", "pear": "food", "garlic": "food", "sock": ""}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_facts(name):
+    assert {fact for fact in ("flies", "animal", "food") if getattr(KINDS[name], fact)} == set(FACTS[name].split())
 
 
 def test_no_two_drawings_look_alike():
@@ -111,11 +102,8 @@ def test_kinds_cards_and_cells_of_a_scene_are_distinct(seed):
     assert {e.kind for e in entities} <= set(KNOWN)
     assert {e.card for e in entities} <= set(CARDS) and {e.cell for e in entities} <= set(range(9))
     assert scene_of(seed) == scene_of(seed)
-
-
-@given(seed=SEEDS, n=st.integers(2, 4))
-def test_number_of_entities_can_be_asked_for(seed, n):
-    assert len(scene_of(seed, n=n).entities) == n
+    for n in (2, 3, 4):  # can be asked for
+        assert len(scene_of(seed, n=n).entities) == n
 
 
 @given(seed=SEEDS, kind=st.sampled_from([*KINDS, None]))

@@ -56,8 +56,7 @@ def strict_answer(text: str) -> str:
 def normalise_answer(text: str) -> str:
     """What the field compares of an answer. Answers with one strict form have one normal form; twice changes nothing.
 
-    An answer of articles alone keeps them, one of marks alone its marks; so that only an answer of nothing but blanks
-    and stops becomes empty.
+    Only blanks and stops come to nothing: an answer of articles alone keeps them, one of marks alone its marks.
     """
     folded = strict_answer(fold(text))
     plain = re.sub(r"(?<=\d),(?=\d)", "", folded)  # 12,000

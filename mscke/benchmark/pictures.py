@@ -33,14 +33,15 @@ def inside(root: str, image: str) -> str:
     """The absolute path of ``image``, links followed; it may not leave ``root`` by any of these ways (PictureError)."""
     if re.match(r"\w+://", image):
         raise PictureError(f"{image!r} is an address; fetch the picture, and give its path inside {root}")
-    absolute = PureWindowsPath(image).anchor  # "/a" and "C:a" alike
-    climbs = os.path.normpath(image).split(os.sep)[0] == ".."
-    if not absolute and not climbs and "\0" not in image:
+    fault = 'leaves the image root, by ".." or a link'
+    if "\0" in image:
+        fault = "holds a NUL"
+    elif PureWindowsPath(image).anchor:  # "/a" and "C:a" alike
+        fault = "is absolute"
+    elif os.path.normpath(image).split(os.sep)[0] != "..":
         path = os.path.realpath(os.path.join(root, image))
         if os.path.commonpath([root, path]) == root:
             return path
-    fault = "is absolute" if absolute else 'leaves the image root, by ".." or a link'
-    fault = "holds a NUL" if "\0" in image else fault
     raise PictureError(f"{image!r} {fault}; give a path relative to {root}, inside it")
 
 
@@ -80,10 +81,8 @@ def _opened(path: str | Path, use):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PictureError(f"{path} has more than {MAX_PIXELS:,} pixels; scale it down") from error
     except Exception as error:  # decoders raise SyntaxError, struct.error, … on damaged files
-        kinds = "/".join(FORMATS)
-        raise PictureError(
-            f"{path} is damaged or not {kinds} ({error}); fetch it again, or save it as one of these"
-        ) from error
+        fault = f"is damaged or not {'/'.join(FORMATS)} ({error})"
+        raise PictureError(f"{path} {fault}; fetch it again, or save it as one of these") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -119,23 +118,18 @@ def _close_to(path: Path) -> str:
         meant = Path(str(path).replace("\\", "/"))
         there = f", and {meant} is there" if meant.is_file() else ""
         return f": its path has backslashes{there}; write slashes"
-    parts = path.parts
-    found = Path(parts[0])
-    for part in parts[1:]:
+    found = Path(path.parts[0])
+    for part in path.parts[1:]:
         if not os.path.exists(found / part):
-            alike = [name for name in _names(found) if _folded(name) == _folded(part)]
+            try:
+                alike = sorted(name for name in os.listdir(found) if _folded(name) == _folded(part))
+            except OSError:  # no folder, or one that may not be read
+                alike = []
             if not alike:
                 return ""
             part = alike[0]
         found /= part
     return f", but {found} is there: names differ by case or by how a letter is written"
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except OSError:  # no folder, or one that may not be read
-        return []
 
 
 def _folded(name: str) -> str:

@@ -29,13 +29,8 @@ class Reference:
             anchor = _only([e for e in scene.entities if e.kind == self.anchor], self)
             target = scene.at(neighbours(anchor.cell).get(self.value, -1))
             return _only([target] if target else [], self), anchor
-        fits = {
-            "colour": lambda e: e.card == self.value,
-            "place": lambda e: e.place == self.value,
-            "category": lambda e: e.kind is not None and KINDS[e.kind].category == self.value,
-            "name": lambda e: e.kind == self.value,
-        }[self.kind]
-        target = _only([e for e in scene.entities if fits(e)], self)
+        read = {"colour": lambda e: e.card, "place": lambda e: e.place, "category": _category, "name": lambda e: e.kind}
+        target = _only([e for e in scene.entities if read[self.kind](e) == self.value], self)
         return target, target
 
     def phrase(self, wording: int = 0) -> str:
@@ -51,12 +46,17 @@ class Reference:
         return forms[wording % 2].format(v=noun, a=self.anchor)
 
 
+def _category(entity: Entity) -> str | None:
+    return None if entity.kind is None else KINDS[entity.kind].category
+
+
 def _only(found: list[Entity], reference: Reference) -> Entity:
     if len(found) != 1:
         raise Unanswerable(f"{reference} fits {len(found)} entities, not one")
     return found[0]
 
 
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 IDENTITY = ("name", "category", "flies", "animal", "food")  # read off what an edit changes
 ATTRIBUTES = (*IDENTITY, "colour", "place", "exists", "count")
 
@@ -92,8 +92,7 @@ class Question:
         if self.attribute == "exists":
             return "yes" if any(e.kind == self.value for e in scene.entities) else "no"
         if self.attribute == "count":
-            kinds = [KINDS[e.kind].category for e in scene.entities if e.kind is not None]
-            return str(kinds.count(self.value))
+            return str([_category(e) for e in scene.entities].count(self.value))
         entity, _ = self.reference.resolve(scene)
         if self.attribute == "colour":
             return entity.card
@@ -124,11 +123,7 @@ class Question:
 
 def fact(kind: str, attribute: str) -> str:
     """What is always true of a kind: ``fact("owl", "flies") == "yes"``."""
-    k = KINDS[kind]
-    value = {
-        "name": k.name, "category": k.category,
-        "flies": k.flies, "animal": k.animal, "food": k.food,
-    }[attribute]  # fmt: skip
+    value = getattr(KINDS[kind], attribute)
     return value if isinstance(value, str) else ("yes" if value else "no")
 
 
@@ -142,19 +137,14 @@ def references(scene: Scene, entity: Entity, kinds: tuple[str, ...] = ()) -> lis
     if entity.kind is not None:
         candidates.append(Reference("category", KINDS[entity.kind].category))
         candidates.append(Reference("name", entity.kind))
-    found = []
-    for reference in candidates:
-        if kinds and reference.kind not in kinds:
-            continue
-        try:
-            if reference.resolve(scene)[0] == entity:
-                found.append(reference)
-        except Unanswerable:
-            continue
-    return found
+    return [r for r in candidates if (not kinds or r.kind in kinds) and _means(r, scene, entity.cell)]
 
 
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+def _means(reference: Reference, scene: Scene, cell: int) -> bool:
+    try:
+        return reference.resolve(scene)[0].cell == cell
+    except Unanswerable:
+        return False
 
 
 def in_scope(question: Question, before: Scene, after: Scene, cell: int) -> bool | None:
@@ -164,19 +154,11 @@ def in_scope(question: Question, before: Scene, after: Scene, cell: int) -> bool
     None when the question has no answer on one of the two sides. An entity of unknown kind
     (``kind=None``, an edit that corrects a misnamed one) is answered for only after the edit.
     """
+    reference = question.reference
     try:
         new = question.answer(after)
-        target = question.cells(after)[0] if question.reference else -1
-    except Unanswerable:
-        return None
-    if question.attribute in IDENTITY and target == cell:
-        try:  # the reference must hold before the edit too
-            if question.reference.resolve(before)[0].cell != cell:
-                return None
-        except Unanswerable:
-            return None
-        return True
-    try:
+        if question.attribute in IDENTITY and _means(reference, after, cell):
+            return True if _means(reference, before, cell) else None  # it must hold before the edit too
         return question.answer(before) != new
     except Unanswerable:
         return None

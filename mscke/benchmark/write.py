@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mscke.benchmark.scenes import Scene, render
-from mscke.system.files import replacing
+from mscke.system.files import read_kept, replacing
 from mscke.system.workers import forks, in_processes
 
 AT_ONCE = 250  # records that a process makes before it takes the next ones
@@ -21,20 +20,14 @@ AT_ONCE = 250  # records that a process makes before it takes the next ones
 def write_records(path: Path, size: int, make: Callable[[int], tuple[Scene, dict]]) -> Path:
     """Write records 0 … ``size`` − 1 of ``make`` to ``path`` and their images beside it.
 
-    The JSON is written last, so its presence means that every image is there; what is there already is kept when its
-    length and last record are those asked for.
-
-    Processes share the work where they are forks: ``make`` must then be importable by name.
+    The JSON is written last, so its presence means that every image is there. What is there already is kept when its
+    length and last record are those asked for. Processes share the work where they are forks: ``make`` must then be
+    importable by name.
     """
-    if path.exists():
-        last = json.loads(json.dumps(make(size - 1)[1]))
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-            if len(there) == size and there[-1] == last:
-                return path
-        except (ValueError, LookupError, TypeError) as error:
-            warnings.warn(f"{path} is damaged and is made anew ({error})", stacklevel=3)
-        path.unlink()  # its images are about to be replaced
+    there = read_kept(path, lambda file: json.loads(file.read_text(encoding="utf-8")))
+    if isinstance(there, list) and len(there) == size and there[-1] == json.loads(json.dumps(make(size - 1)[1])):
+        return path
+    path.unlink(missing_ok=True)  # its images are about to be replaced
     parts = [(path.parent, make, range(i, min(i + AT_ONCE, size))) for i in range(0, size, AT_ONCE)]
     desc = f"{path.stem.removesuffix('_data')} scenes"
     if len(parts) > 1 and forks():

@@ -23,23 +23,20 @@ _CONTROL = re.compile(r"[<>|]|#(?=#)|\[(?=/?[A-Z])")
 
 
 def facts_text(facts: dict) -> str:
-    """``facts`` as JSON in which ``<``, ``|`` and their like are escaped (``\\u003c``).
+    """``facts`` as JSON that holds no control token of a chat model: ``<`` and its like are escaped (``\\u003c``).
 
-    The JSON means the same, and no special token of a chat model (``<|im_start|>``, ``</s>``, ``<image>``, ``[INST]``)
-    nor a turn's mark (``###``) stands in it, whatever a question says. Raises ValueError for half a character.
+    Such tokens are ``<|im_start|>``, ``</s>``, ``<image>``, ``[INST]``, ``###``. The JSON means the same. Raises
+    ValueError for half a character (a lone surrogate).
     """
     for name, value in facts.items():
-        if not is_text(str(value)):
-            raise ValueError(f"facts: {name} is {value!r}, with half a character; write it anew")
+        if not is_text(json.dumps({name: value}, ensure_ascii=False)):
+            raise ValueError(f"facts: {name!a} is {value!a}, with half a character; write it anew")
     text = json.dumps(facts, ensure_ascii=False)
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # these stand in strings only
 
 
 def file_url(image: Path) -> str:
-    """The file as it is, as a data URL; its hash stands for the picture in a verdict's name.
-
-    Raises :class:`PictureError` for a file that is no whole picture.
-    """
+    """The file as it is, as a data URL. Raises :class:`PictureError` for a file that is no whole picture."""
     check_image(image)
     with Image.open(image) as opened:
         return _url(opened.get_format_mimetype(), Path(image).read_bytes())
@@ -48,8 +45,7 @@ def file_url(image: Path) -> str:
 def picture_url(image: Path) -> str:
     """The picture as a data URL: the file as it is where every endpoint takes it, else a JPEG made of it.
 
-    As they are go PNG and JPEG of one upright frame, opaque, 8 bits a channel, grey or RGB, of at most
-    ``LONGEST_SIDE`` pixels a side. Raises :class:`PictureError` for a file that is no picture.
+    Raises :class:`PictureError` for a file that is no picture.
     """
     data = Path(image).read_bytes()
     with Image.open(io.BytesIO(data)) as opened:
@@ -62,6 +58,7 @@ def picture_url(image: Path) -> str:
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
+    """A PNG or JPEG of one upright frame, opaque, grey or RGB of 8 bits a channel, and not large."""
     try:
         upright = image.getexif().get(ORIENTATION, 1) == 1
     except Exception:  # damaged EXIF: leave it behind
@@ -78,10 +75,10 @@ def _url(kind: str, data: bytes) -> str:
 
 
 class Fit:
-    """Requests as one endpoint takes them; what it does not take is learnt from its complaints, and said once.
+    """Requests as one endpoint takes them. A run's threads share it, and each thing that it learns is said once.
 
-    A run's threads share it. A parameter that was turned down is left out from then on, or goes by its other
-    name (:data:`TWINS`). Without ``response_format`` the schema stands in the prompt.
+    A parameter that was turned down is left out from then on, or goes by its other name (:data:`TWINS`).
+    Without ``response_format`` the schema stands in the prompt.
     """
 
     def __init__(self, url: str):
@@ -100,8 +97,10 @@ class Fit:
             elif other and other not in self.without:
                 sent[other] = value
         if "response_format" in body and "response_format" not in sent:
-            schema = body["response_format"]["json_schema"]["schema"]
-            sent["messages"] = _with_schema(body["messages"], schema)
+            schema = json.dumps(body["response_format"]["json_schema"]["schema"])
+            system, *rest = body["messages"]
+            asked = "Reply with one JSON object that follows this JSON schema, and with nothing else:"
+            sent["messages"] = [system | {"content": f"{system['content']}\n\n{asked}\n{schema}"}, *rest]
         return sent
 
     def learn(self, name: str, said: str) -> None:
@@ -109,9 +108,8 @@ class Fit:
         with self._lock:
             if name not in self.without:
                 self.without.add(name)
-                self._say(
-                    f"does not take {name} as it was sent; from now on it is asked without it, or under its other name ({said})"
-                )
+                now = "from now on it is asked without it, or under its other name"
+                self._say(f"does not take {name} as it was sent; {now} ({said})")
 
     def leave_room(self, room: int) -> None:
         """Replies were cut off, and are whole with room for ``room`` tokens."""
@@ -123,9 +121,3 @@ class Fit:
 
     def _say(self, what: str) -> None:
         warnings.warn(f"{self.url} {what}", stacklevel=4)
-
-
-def _with_schema(messages: list[dict], schema: dict) -> list[dict]:
-    system, *rest = messages
-    asked = f"Reply with one JSON object that follows this JSON schema, and with nothing else:\n{json.dumps(schema)}"
-    return [system | {"content": f"{system['content']}\n\n{asked}"}, *rest]

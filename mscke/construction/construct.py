@@ -1,16 +1,6 @@
 """An FGVEdit-like benchmark from any visual questions in VQAv2's format, with a model as judge.
 
-The paper's construction (§4). Questions are grouped by image; an edit gives one of them another answer,
-and each other question on the image is a candidate. The judge decides (1) from image and text whether the
-edit entails the candidate's answer (in scope) or is independent of it (out of scope), then (2) from the
-text alone; kept is what the text alone leaves open, or gets wrong. The judge rewords the prompts, too, and locality
-pairs come from NQ-open::
-
-    OPENAI_API_KEY=… python -m mscke.construction.construct --questions questions.json \\
-        --annotations annotations.json --images coco --nq NQ-open.train.jsonl --out fgvedit
-
-The same seed and cache of verdicts (``fgvedit/verdicts``) give the same files. What the model or a content filter
-refuses is left out, and so is what gets no readable reply, up to the share ``--leave-out``; ``report.json`` names both.
+The paper's construction (§4). ``README.md`` beside this file tells its steps, the command and what is left out.
 """
 
 from __future__ import annotations
@@ -30,7 +20,7 @@ from tqdm import tqdm
 from mscke.benchmark import pictures
 from mscke.benchmark.answers import normalise_answer
 from mscke.benchmark.load import load_records, split_validation
-from mscke.benchmark.sample import SHOWN, RecordError
+from mscke.benchmark.sample import RecordError, listed
 from mscke.construction.judge import Judge, JudgeError, NoReply, Request, Task, write_json
 from mscke.construction.verdicts import Judged, judge_pairs, left_out
 from mscke.construction.vqa import COCO_NAME, VisualQuestion, propose, read_nq, read_vqa
@@ -48,10 +38,7 @@ def build_rows(
     judge: Judge, judged: Sequence[Judged], nq: Sequence[tuple[str, str]], seed: int = 0
 ) -> tuple[list[dict], list[dict]]:
     """(FGVEdit's JSON objects, one of each edit that has a hard question on either side and can be reworded;
-    the edits that got no rewording, named by :func:`left_out`).
-
-    No question of ``nq`` is used twice. Raises :class:`RecordError` when there are too few of them.
-    """
+    the edits that got no rewording, named by :func:`left_out`). No question of ``nq`` is used twice."""
     inside, outside = {}, {}
     for j in judged:
         if j.hard:
@@ -82,12 +69,11 @@ def construct(
 ) -> dict:
     """Write ``train_data.json``, ``test_data.json`` (3:1, no image in both) and ``report.json`` into ``out``.
 
-    ``proposal`` goes to :func:`propose`. Returns the report: how many of everything, and the judge's
-    agreement with itself. What the judge refused or left unanswered is left out and named there.
+    ``proposal`` goes to :func:`propose`. Returns the report: how many of everything, the judge's agreement with itself,
+    and what was left out.
 
-    Raises :class:`RecordError` before anything is asked when an image is missing, damaged or outside ``images``,
-    and at the end when too little is left; :class:`JudgeError` when the judge does not answer: run again, it goes
-    on where it stopped.
+    Raises :class:`RecordError` before anything is asked when an image is missing, damaged or outside ``images``, and at
+    the end when too little is left. Raises :class:`JudgeError` when the judge does not answer: run again to go on.
     """
     pairs = propose(questions, seed=seed, **proposal)
     used = sorted({pair.edited.image for pair in pairs})
@@ -125,9 +111,8 @@ def _check_pictures(names: Sequence[str], images: Path) -> None:
         except pictures.PictureError as error:
             bad.append(f"  {name}: {error}")
     if bad:
-        more = [f"  … and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
-        head = f"{len(bad)} of {len(names)} images cannot be used (nothing was asked yet); mend them or take their questions out:"
-        raise RecordError("\n".join([head, *bad[:SHOWN], *more]))
+        fix = "nothing was asked yet); mend them or take their questions out:"
+        raise RecordError("\n".join([f"{len(bad)} of {len(names)} images cannot be used ({fix}", *listed(bad)]))
 
 
 def _row(inside: Judged, outside: Judged, rephrase: str, locality: tuple[str, str]) -> dict:

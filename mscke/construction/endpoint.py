@@ -1,11 +1,9 @@
-"""One chat endpoint, through OpenAI's SDK: asked at a bounded rate, fitted to what it takes, until a reply is read.
-
-Retries, their pauses and ``Retry-After`` are the SDK's.
-"""
+"""One chat endpoint, asked through OpenAI's SDK, at a bounded rate and as it takes it, until a reply is read."""
 
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -56,10 +54,7 @@ class Endpoint:
         self._fit = Fit(self.shown)
 
     def complete(self, body: dict, schema: dict) -> tuple[dict | None, dict]:
-        """(the reply that follows ``schema``, None if it is refused; the rest of the answer).
-
-        Raises :class:`Unanswered` when this ``body`` gets no usable reply, :class:`JudgeError` when none does.
-        """
+        """(the reply that follows ``schema``, None if it is refused; the rest of the answer). Raises as ``Judge.ask``."""
         tries = min(PAID, self.attempts)
         for tried in range(1, tries + 1):
             try:
@@ -88,14 +83,13 @@ class Endpoint:
                 kind = Unanswered if status in (400, 413, 422) else JudgeError  # which is about all questions
                 raise kind(f"{self.shown} turns the request down, {said}{hint}")
             try:
-                found = read_reply(content, schema)
+                reply, rest = read_reply(content, schema)
             except Unreadable as error:
                 if room or not error.cut:
                     raise
                 room = max(ROOM, 4 * max(error.tokens, *(sent.get(name) or 0 for name in TWINS)))
                 continue
             self._fit.leave_room(room)
-            reply, rest = found
             without = sorted(set(body) - set(sent))
             return reply, rest | ({"without": without} if without else {})
 
@@ -107,10 +101,9 @@ class Endpoint:
         except openai.APIStatusError as error:
             if error.status_code not in PASSING and error.status_code < 500:
                 return error.status_code, error.response.content
-            wait = error.response.headers.get("retry-after")
-            last = f"HTTP {error.status_code}: {shown(error.response.content)}" + (
-                f", to wait for {wait} s" if wait else ""
-            )
+            last = f"HTTP {error.status_code}: {shown(error.response.content)}"
+            if wait := error.response.headers.get("retry-after"):
+                last += f", to wait for {wait} s"
         except openai.APIConnectionError as error:
             last = str(error.__cause__ or error)
         raise JudgeError(f"{self.shown} gave no usable answer in {self.attempts} attempts; the last one: {last}")
@@ -142,11 +135,12 @@ class _Whole(httpx2.HTTPTransport):
         return response
 
 
+@dataclass
 class _Until(httpx2.SyncByteStream):
     """A stream that ends in a timeout after ``deadline``."""
 
-    def __init__(self, stream: httpx2.SyncByteStream, deadline: float):
-        self.stream, self.deadline = stream, deadline
+    stream: httpx2.SyncByteStream
+    deadline: float
 
     def __iter__(self):
         for piece in self.stream:
@@ -164,5 +158,5 @@ def _address(url: str) -> httpx2.URL:
             return found
     except httpx2.InvalidURL:
         pass
-    hidden = url.rpartition("@")[2]  # a password stands before it
-    raise JudgeError(f"{hidden} is no http(s) address; mend OPENAI_BASE_URL")
+    shown = re.split("[?#]", url.rpartition("@")[2])[0]  # a password stands before this, a key may follow it
+    raise JudgeError(f"{shown} is no http(s) address; mend OPENAI_BASE_URL")

@@ -1,9 +1,8 @@
 """A language model as judge, behind any OpenAI-compatible chat endpoint.
 
-Requests run concurrently at a bounded rate, OpenAI's SDK retries failures, and every
-reply is kept on disk under the content that was asked, with its prompt and model: what was judged once
-is never paid for again, whatever happens later. That the model refuses, or a content filter stops a request,
-is a reply too: its file says ``"reply": null``; delete it to ask again::
+Every reply is kept on disk under the content that was asked, with its prompt and model, and is never paid for again.
+That the model refuses, or a content filter stops a request, is a reply too. Its file says ``"reply": null``: delete
+it to ask again::
 
     judge = Judge("outputs/judge")  # OPENAI_BASE_URL and OPENAI_API_KEY say where
     replies = judge.ask_all([Request(task, {"question": "What is this?"}, Path("image.jpg"))])
@@ -74,9 +73,9 @@ class Request:
 class Judge:
     """A client of one model. Safe to use from many threads.
 
-    ``options`` are sent along; one that the endpoint turns down is left out from then on (:class:`Fit`).
-    One request takes at most ``attempts`` tries of ``timeout`` seconds. ``leave_out`` is the share of questions, rounded up,
-    that :meth:`ask_all` may leave without a usable reply, one of a single one too; refusals are not among them.
+    ``options`` are sent along. One that the endpoint turns down is left out from then on (:class:`Fit`).
+    One request takes at most ``attempts`` tries of ``timeout`` seconds. ``leave_out`` is the share of questions, rounded
+    up, that :meth:`ask_all` may leave without a usable reply. Refusals are not among them.
     """
 
     cache: str | Path
@@ -103,8 +102,7 @@ class Judge:
     def ask_all(self, requests: Sequence[Request], desc: str = "") -> list[dict | NoReply]:
         """:meth:`ask` each of ``requests``; replies in their order. After a failure none is begun.
 
-        Raises :class:`JudgeError` as :meth:`ask` does, but for questions without a usable reply only when they
-        are more than the share ``leave_out``.
+        Raises as :meth:`ask` does, but for questions without a usable reply only beyond the share ``leave_out``.
         """
         failed, unanswered = threading.Event(), []
         most = math.ceil(self.leave_out * len(requests))
@@ -132,8 +130,7 @@ class Judge:
         Raises :class:`Unanswered` when this question gets no usable reply, :class:`JudgeError` when the endpoint
         does not work, :class:`PictureError` for an image that is none.
         """
-        task, image = request.task, request.image
-        told = facts_text(request.facts)
+        task, image, told = request.task, request.image, facts_text(request.facts)
         plain = json.dumps(request.facts, ensure_ascii=False)  # named by what is asked, not by how it is sent
         asked = self._body(task, plain, image and "sha256:" + _digest(file_url(image)))
         digest = _digest(json.dumps(asked))
@@ -145,14 +142,13 @@ class Judge:
                     jsonschema.validate(reply, task.schema)
             # a disk that lost half of it, or someone who mended it by hand
             except (FileNotFoundError, ValueError, LookupError, TypeError, jsonschema.ValidationError):
-                body = self._body(task, told, image and picture_url(image))
                 try:
+                    body = self._body(task, told, image and picture_url(image))
                     reply, answer = self._endpoint.complete(body, task.schema)
                 except JudgeError as error:
                     kept = f"Every verdict so far is kept in {self.cache}: run again to go on from there."
                     raise type(error)(f"{error}. {kept}") from error
-                kept = {"reply": reply, "endpoint": self._endpoint.shown, "answer": answer, "request": asked}
-                write_json(path, kept)
+                write_json(path, {"reply": reply, "endpoint": self._endpoint.shown, "answer": answer, "request": asked})
         return NoReply.REFUSED if reply is None else reply
 
     def _body(self, task: Task, text: str, image: str | None) -> dict:

@@ -71,15 +71,18 @@ def filtered(content: bytes, sent: dict) -> bool:
 
 def named_parameter(content: bytes, sent: dict) -> str | None:
     """Which parameter of the request ``sent`` a complaint is about; None if it is about something else."""
-    known = [name for name in sent if name not in ("model", "messages")]
     param = _error(content).get("param")  # as OpenAI's endpoint says it
     head = re.split(r"[.\[]", param)[0] if isinstance(param, str) else ""
-    if head in known:
-        return head
     if head in ("model", "messages", "prompt"):
         return None
-    patterns = {name: _FORMAT if name == "response_format" else rf"\b{re.escape(name)}\b" for name in known}
-    return next((name for name in known if _says(re.compile(patterns[name], re.IGNORECASE), content, sent)), None)
+    known = [name for name in sent if name not in ("model", "messages")]
+    if head in known:
+        return head
+    for name in known:
+        pattern = _FORMAT if name == "response_format" else rf"\b{re.escape(name)}\b"
+        if _says(re.compile(pattern, re.IGNORECASE), content, sent):
+            return name
+    return None
 
 
 def _says(pattern: re.Pattern, content: bytes, sent: dict) -> bool:
@@ -104,7 +107,7 @@ def _find(text: str, schema: dict) -> dict | None:
     """The one object in ``text`` that follows ``schema``."""
     follows = jsonschema.Draft202012Validator(schema).is_valid
     try:
-        if _is_text(whole := json.loads(text, object_pairs_hook=once)) and follows(whole):
+        if _is_text(whole := json.loads(text, object_pairs_hook=_once)) and follows(whole):
             return whole
     except (ValueError, RecursionError):
         pass
@@ -115,31 +118,27 @@ def _find(text: str, schema: dict) -> dict | None:
 
 def _objects(text: str) -> Iterator[dict]:
     """The JSON objects in ``text`` that stand in no other."""
-    at, decoder = 0, json.JSONDecoder(object_pairs_hook=once)
+    at, decoder = 0, json.JSONDecoder(object_pairs_hook=_once)
     while (at := text.find("{", at)) >= 0:
         try:
             value, at = decoder.raw_decode(text, at)
-        except Twice:  # it says two things: what stands in it says neither
+        except _Twice:  # it says two things: what stands in it says neither
             value, at = {}, json.JSONDecoder().raw_decode(text, at)[1]
         except (ValueError, RecursionError) as error:
-            if getattr(error, "pos", 0) >= len(
-                text.rstrip()
-            ):  # cut off: what stands in it is part of what is not there
-                return
+            if getattr(error, "pos", 0) >= len(text.rstrip()):
+                return  # cut off: what stands in it is part of what is not there
             at += 1
         else:
             yield value
 
 
-class Twice(ValueError):
+class _Twice(ValueError):
     """A JSON object gives one name two values."""
 
 
-def once(pairs: list[tuple[str, object]]) -> dict:
-    """The object of these pairs; :class:`Twice` where a name has two values."""
+def _once(pairs: list[tuple[str, object]]) -> dict:
     if len(found := dict(pairs)) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise Twice(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+        raise _Twice
     return found
 
 

@@ -55,11 +55,10 @@ class Judged:
 def judge_pairs(
     judge: Judge, pairs: Sequence[Pair], images: Path, repeat: int = 200, seed: int = 0
 ) -> tuple[list[Judged], dict[str, dict], list[dict]]:
-    """Both stages: (the usable ones of ``pairs``, in order; the judge's agreement with itself, by stage; the pairs
-    without a verdict, named by :func:`left_out`).
+    """Both stages: (the usable ones of ``pairs``, in order; the judge's :func:`agreement` with itself over ``repeat``
+    questions, by stage; the pairs without a verdict, named by :func:`left_out`).
 
-    ``repeat`` questions of each stage are asked twice (:func:`agreement`). Pairs judged to be neither in scope nor
-    out of it are not usable.
+    Pairs judged to be neither in scope nor out of it are not usable.
     """
     first = [_scope_request(pair, images) for pair in pairs]
     seen = judge.ask_all(first, "image and text")
@@ -129,9 +128,8 @@ def agreement(
 ) -> dict[str, float | None]:
     """Ask ``n`` of ``requests`` once more, their facts in the other order, and compare the verdicts.
 
-    The order carries no meaning, so that a judge at temperature 0 is not just asked to repeat itself.
-    Returns kappa with its 95 % interval lo, hi (bootstrap over what was asked twice), None where there
-    is no such number, and n.
+    The order carries no meaning, and keeps a judge at temperature 0 from just repeating itself. Returns kappa with its
+    95 % interval lo, hi (bootstrap over what was asked twice), None where there is no such number, and n.
     """
     rng = np.random.default_rng(seed)
     drawn = [i for i in rng.permutation(len(requests)) if replies[i]][:n]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mscke.benchmark.answers import normalise_answer
+from mscke.benchmark.answers import is_text, normalise_answer
 from mscke.benchmark.sample import RecordError
 
 COCO_NAME = "{subtype}/COCO_{subtype}_{image_id:012d}.jpg"
@@ -48,12 +48,12 @@ def read_vqa(questions: str | Path, annotations: str | Path, name: str = COCO_NA
     Ids may be numbers or text. Of rows that are the same one is taken. Raises :class:`RecordError`, naming file, row
     and field, when a file is not whole, not VQAv2, or does not answer the other's questions.
     """
-    asked, answered = _read_json(questions), _read_json(annotations)
-    answers = _rows(annotations, answered, "annotations")
+    _, answers = _rows(annotations, "annotations")
+    file, asked = _rows(questions, "questions")
     found = []
-    for at, row in _rows(questions, asked, "questions").values():
+    for number, (at, row) in asked.items():
         with _named(f'{questions}, "questions" {at}'):
-            number, text, image = _id(row), _text(row, "question"), _get(row, "image_id", (int, str))
+            text, image = _text(row, "question"), _get(row, "image_id", (int, str))
         if number not in answers:
             fault = f'no annotation for question_id {number!r} of {questions}, "questions" {at}'
             raise RecordError(f"{annotations}: {fault}; give the annotations of the same split")
@@ -62,7 +62,7 @@ def read_vqa(questions: str | Path, annotations: str | Path, name: str = COCO_NA
             answer = _text(row, "multiple_choice_answer")
             kind = (_text(row, "answer_type"), _text(row, "question_type"))
             given = frozenset([answer, *(_text(each, "answer") for each in _get(row, "answers", list))])
-        path = _path(name, asked.get("data_subtype", ""), image)
+        path = _path(name, file.get("data_subtype", ""), image)
         found.append(VisualQuestion(number, path, text, answer, kind, given))
     return found
 
@@ -98,20 +98,20 @@ def propose(
 ) -> list[Pair]:
     """Edits and, beside each, every other question on its image; the pairs of one edit stand together.
 
-    A new answer is drawn from those to questions of the same kind, as often as each is given there, but
-    is none that an annotator gave to this question, nor one that :func:`normalise_answer` takes for it: "Gray" is
-    no edit of "gray". Questions whose answer is of ``answer_types`` are
-    edited: "yes/no" and "number" name no entity. ``n_images`` bounds how many images are drawn.
+    A new answer is drawn from those to questions of the same kind, as often as each is given there. It is none that
+    :func:`normalise_answer` takes for one that an annotator gave: "Gray" is no edit of "gray". Questions whose answer
+    is of ``answer_types`` are edited: "yes/no" and "number" name no entity. ``n_images`` bounds how many images are
+    drawn.
     """
+    for name, value in {"n_images": n_images, "edits_per_image": edits_per_image}.items():
+        if value is not None and value < 0:
+            raise ValueError(f"{name} is {value}; give 0 or more")
     by_image, answers = defaultdict(list), defaultdict(list)
     for question in questions:
         if question.question.strip() and question.answer.strip():
             by_image[question.image].append(question)
             answers[question.kind].append(question.answer)
     pairs, order = [], sorted(by_image)
-    for name, value in {"n_images": n_images, "edits_per_image": edits_per_image}.items():
-        if value is not None and value < 0:
-            raise ValueError(f"{name} is {value}; give 0 or more")
     for i in np.random.default_rng(seed).permutation(len(order))[:n_images]:
         group = by_image[order[i]]
         rng = np.random.default_rng([seed, _entropy(group[0].id)])  # an image's edits do not depend on other images'
@@ -149,26 +149,25 @@ def _named(where: str, fix: str = "give a questions file and the annotations of 
         raise RecordError(f"{where}: {error}; {fix}") from None
 
 
-def _rows(path: str | Path, file: dict, part: str) -> dict[int | str, tuple[int, dict]]:
-    """Id -> (place in its list, row), in file order."""
-    rows = {}
+def _rows(path: str | Path, part: str) -> tuple[dict, dict[int | str, tuple[int, dict]]]:
+    """(the file, question id -> (place in its list ``part``, row), in file order)."""
+    with _named(str(path), "it may be cut short: fetch it again"):
+        file = _json(Path(path).read_bytes())
     with _named(str(path)):
         listed = _get(file, part, list)
+    rows = {}
     for at, row in enumerate(listed):
         with _named(f'{path}, "{part}" {at}'):
-            first, same = rows.setdefault(_id(row), (at, row))
+            number = _get(row, "question_id", (int, str))
+            first, same = rows.setdefault(number, (at, row))
             if same != row:
-                raise ValueError(f'field "question_id": {_id(row)!r} is also that of {first}, which differs')
-    return rows
-
-
-def _id(row: object) -> int | str:
-    return _get(row, "question_id", (int, str))
+                raise ValueError(f'field "question_id": {number!r} is also that of {first}, which differs')
+    return file, rows
 
 
 def _text(row: object, field: str) -> str:
     text = _get(row, field, str)
-    if text.encode(errors="ignore").decode() != text:
+    if not is_text(text):
         raise ValueError(f'field "{field}": {text!r} has half a character (lone surrogate)')
     return text
 
@@ -189,11 +188,6 @@ def _path(name: str, subtype: str, image: int | str) -> str:
     except (LookupError, ValueError, AttributeError) as error:
         fix = "mend it (--image-name); {image_id} alone takes text, {image_id:012d} numbers"
         raise RecordError(f"{name!r} makes no path of image_id {image!r} ({error!r}); {fix}") from None
-
-
-def _read_json(path: str | Path) -> object:
-    with _named(str(path), "it may be cut short: fetch it again"):
-        return _json(Path(path).read_bytes())
 
 
 def _json(raw: bytes) -> object:
