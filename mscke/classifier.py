@@ -1,5 +1,8 @@
 """The multimodal scope classifier (§3 of the paper): is a query within the scope of an edit?
 
+Three things differ from the authors' code: CLIP stays frozen (theirs is trained), ``dot`` attends over patches, as §3 has
+it (theirs over pooled images), and ρ is logistic in the squared distance (theirs is exp(−d²)); their forms are options.
+
 CLIP encodes image and text. A *fusion* turns the two into one embedding z. The squared distance of two embeddings gives
 ρ ∈ (0, 1). A pair (image, text) has one embedding, so a memory of edits is a matrix::
 
@@ -43,10 +46,10 @@ class ScopeClassifier(nn.Module, PyTorchModelHubMixin):
       key, so the attention gives that image, whatever the text. Two pairs on one image then differ in their text halves
       alone: ρ cannot depend on what the picture shows.
     * ``cross``: the text attends over the patch tokens, by learned multi-head cross-attention.
-    * ``dot``: the text attends over the patches by dot products in CLIP's joint space. Nothing of that is learned but a
-      temperature.
+    * ``dot``: the text attends over the patches by dot products in CLIP's joint space. Of that only a
+      temperature is learned. z = head([text; attended patches; pooled image]).
     * ``grounded`` (ours): ``dot``, and a few learned readers of the text's words. CLIP's one vector a text is made to find
-      a thing in a picture. It tells *which* thing is meant, and hardly *what* is asked of it. The states of the words do.
+      a thing in a picture. It tells *which* thing is meant better than *what* is asked of it. The states of the words tell both.
 
     ``similarity``: how d² = ‖z_e − z_q‖² becomes ρ.
 

@@ -1,4 +1,4 @@
-"""The multimodal edit memory (§3): edits beside their embeddings. The base model is never touched.
+"""The multimodal edit memory (§3): edits beside their embeddings. What it can revise, undo and keep on disk is ours.
 
 It lives in RAM, or is durable when opened on a path. Both answer and forget alike. A later edit of a fact takes the place
 of an earlier one; :mod:`mscke.storage.revision` says when two edits state one fact::
@@ -144,7 +144,7 @@ class EditMemory:
     def nearest(self, embeddings: Tensor, k: int = 1, exact: bool = False) -> tuple[Tensor, Tensor]:
         """The k nearest edits of each query: (squared distances, ids), both (B, min(k, N)) on the CPU.
 
-        The search is exact up to :data:`mscke.storage.search.EXACT` edits, and by their codes beyond, unless ``exact``.
+        Beyond :data:`mscke.storage.search.EXACT` edits compressed vectors are ranked first, unless the search is to be ``exact``.
         Raises ValueError for a query that is not finite or of another width, and for k below 1.
         """
         return self._index.nearest(embeddings.to(self._index.matrix), k, exact)

@@ -1,4 +1,7 @@
-"""The decision rule (§3): k* = argmax ρ over the memory; ρ ≥ 0.5 → counterfactual, else base."""
+"""The decision rule (§3): k* = argmax ρ over the memory; ρ ≥ 0.5 → counterfactual, else base.
+
+ρ falls as the distance grows, so the edit of the highest ρ is the nearest one.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class Route:
 
 
 class ScopeRouter:
-    """Sends each query to an edit in memory or to none. The rule stands here and nowhere else.
+    """Sends each query to an edit in memory or to none. Every edited model decides by this rule.
 
     Raises ValueError if the memory says that another classifier wrote it.
     """
