@@ -1,8 +1,7 @@
 """No float32 part meets a half-precision model outside autocast: every method runs beside a base model in bfloat16, under
 a watch of all operations.
 
-That no tensor of one device meets one of another is not seen here. PyTorch has no device that a CPU can play: a fake
-tensor stops at the first ``.tolist()``, and one of ``meta`` at the first ``.item()``. ``make paper-dry`` on a GPU is for that.
+That no tensor of one device meets one of another is tests/test_fake_device.py's to see.
 """
 
 import copy
