@@ -145,7 +145,7 @@ def test_an_edit_of_nothing_reads_100(base, scope, few):
 
 def test_what_meets_half_precision_outside_autocast_is_caught(base, few, monkeypatch):
     monkeypatch.setattr(CounterfactualModel, "mixed", lambda _: nullcontext())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="float32 meets bfloat16"):
         LastLayers(base).loss(*asked(few))
 
 
